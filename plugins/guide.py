@@ -1,0 +1,103 @@
+"""Guidance of a batch of logits rows: the per-request parameters, the engine and the mathematics.
+
+Every host engine's adapter ends here; an adapter only says which row is which sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .engine import History, ValueEngine
+from .guidance import guide, top_candidates
+from .params import GuidanceParams
+
+
+class Guide:
+    """Tilts logits rows by the values of their likeliest tokens.
+
+    Args:
+        engine: Values of the candidates. A row's sequence lives in the engine's slot of the row.
+        num_slots: Number of slots, as in the engine.
+    """
+
+    def __init__(self, engine: ValueEngine, num_slots: int) -> None:
+        self.engine = engine
+        self.guided = np.zeros(num_slots, dtype=bool)
+        self._top_k = np.zeros(num_slots, dtype=np.int64)
+        # A slot's weights, then beta, top_k and the KL budget: one copy to the device a step.
+        self._params = np.zeros((num_slots, len(engine.objectives) + 3), dtype=np.float32)
+
+    def start(self, slot: int, params: GuidanceParams) -> bool:
+        """Begin a new sequence in `slot`; returns whether it is guided at all."""
+        self.engine.release(slot)
+        self.guided[slot] = params.guides
+        self._top_k[slot] = params.top_k
+        budget = np.inf if params.kl_budget is None else params.kl_budget
+        self._params[slot] = (*params.weights, params.beta, params.top_k, budget)
+        return params.guides
+
+    @torch.inference_mode()
+    def log_probs(
+        self,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        last_tokens: torch.Tensor,
+        history: History,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The guided distribution of every row over its candidates.
+
+        Args:
+            logits: `[batch, vocab]` float32, the base model's, masked entries `-inf`.
+            slots: `[batch]` int64, the sequence of each row.
+            lengths: `[batch]` int64, tokens in each prefix.
+            last_tokens: `[batch]` integer, last token of each prefix.
+            history: The earlier tokens of a slot's prefix, see `engine`.
+
+        Returns:
+            `candidates` `[batch, k]` int64, `log pi` `[batch, k]` float32, normalised, and the
+            log-sum-exp of the candidates' logits `[batch]`.
+        """
+        top_k = self._top_k[slots]
+        max_k = int(top_k.max())
+        host = torch.from_numpy(self._params[slots])
+        if logits.device.type == "cuda":
+            host = host.pin_memory()  # so that the copy does not wait for the device
+        params = host.to(logits.device, non_blocking=True)
+        weights, (beta, k, budget) = params[:, :-3], params[:, -3:].unbind(1)
+        candidates, log_probs = top_candidates(
+            logits, max_k, k.long() if (top_k < max_k).any() else None
+        )
+        values = self.engine.values(slots, lengths, last_tokens, candidates, history)
+        limited = np.isfinite(self._params[slots, -1]).any()
+        log_policy = guide(log_probs, values, weights, beta, budget if limited else None)
+        scale = torch.logsumexp(logits.gather(1, candidates), dim=1)
+        return candidates, log_policy, scale
+
+    def apply(
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        last_tokens: torch.Tensor,
+        history: History,
+    ) -> torch.Tensor:
+        """Tilt `rows` of `logits` `[n, vocab]` in place; the other rows stay bit-identical.
+
+        The candidates keep their joint log-sum-exp, so that penalties which the host applies
+        afterwards see logits of the scale that they were made for.
+        """
+        if len(rows) == len(logits):
+            guided = logits
+        else:
+            index = torch.from_numpy(rows).to(logits.device)
+            guided = logits[index]
+        candidates, log_policy, scale = self.log_probs(
+            guided, slots, lengths, last_tokens, history
+        )
+        guided.fill_(-torch.inf).scatter_(1, candidates, log_policy + scale[:, None])
+        if guided is not logits:
+            logits[index] = guided
+        return logits
