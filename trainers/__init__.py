@@ -1,1 +1,37 @@
-"""placeholder."""
+"""Training of MAVIS value models, in the manner of TRL's trainers.
+
+Nothing heavy is imported here: names are loaded when they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .mavis_config import MAVISConfig
+    from .mavis_trainer import MAVISTrainer
+    from .rollouts import Tree, read_rollouts
+
+_MODULES = {
+    "MAVISConfig": "mavis_config",
+    "MAVISTrainer": "mavis_trainer",
+    "Tree": "rollouts",
+    "read_rollouts": "rollouts",
+}
+_EXTRAS = {"accelerate", "datasets", "peft", "pyarrow", "torch", "tqdm", "transformers", "trl"}
+
+__all__ = ["MAVISConfig", "MAVISTrainer", "Tree", "read_rollouts"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        module = import_module(f"{__name__}.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _EXTRAS:
+            raise
+        raise ModuleNotFoundError(
+            f"{__name__}.{name} needs {error.name}; pip install 'trimtab[trl]'", name=error.name
+        ) from error
+    return getattr(module, name)

@@ -1,0 +1,229 @@
+"""Reward functions of finished responses: validation, computation and standardisation.
+
+A reward function has the signature of TRL's GRPO reward functions, or is the id of a sequence
+classifier. Every failure names the function and the prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .rollouts import Tree
+
+logger = logging.get_logger(__name__)
+
+RewardFunc = Callable[..., list[float]]
+
+
+class ClassifierReward:
+    """
+    Reward of a sequence classification model: its first logit for `prompt + completion`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model id, path, or a loaded sequence classifier with one label.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Number of responses scored at once.
+    """
+
+    def __init__(self, model: str | PreTrainedModel, batch_size: int = 16) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        if isinstance(model, str):
+            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+        self.model = model.eval()
+        self.name = model.config.name_or_path
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.name)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.batch_size = batch_size
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+        import torch
+
+        texts = []
+        for prompt, completion in zip(prompts, completions):
+            if isinstance(prompt, str):
+                texts.append(prompt + completion)
+            else:
+                texts.append(
+                    self.tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+                )
+        rewards: list[float] = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = self.tokenizer(
+                texts[start : start + self.batch_size],
+                padding=True,
+                padding_side="right",
+                # A chat template has written the special tokens already.
+                add_special_tokens=isinstance(prompts[0], str),
+                return_tensors="pt",
+            ).to(self.model.device)
+            with torch.inference_mode():
+                rewards += self.model(**batch).logits[:, 0].float().tolist()
+        return rewards
+
+
+def load_reward_funcs(reward_funcs: Mapping[str, RewardFunc | str]) -> dict[str, RewardFunc]:
+    """
+    Checks the names and loads the model ids.
+
+    Args:
+        reward_funcs (`dict[str, Callable | str | PreTrainedModel]`):
+            One reward function per objective.
+
+    Returns:
+        `dict[str, Callable]`: The same objectives, in the same order.
+    """
+    if not isinstance(reward_funcs, Mapping) or not reward_funcs:
+        raise ValueError(
+            "`reward_funcs` must be a non-empty dict of objective names to reward functions or model "
+            f"ids, for example {{'positivity': positivity}}, got {reward_funcs!r}"
+        )
+    loaded: dict[str, RewardFunc] = {}
+    for name, func in reward_funcs.items():
+        # Requests name objectives in `name=value,...`, and metrics in `group/name`.
+        if not isinstance(name, str) or not name or set(name) & set("=,/ "):
+            raise ValueError(
+                f"`reward_funcs` has the objective {name!r}: a name is a non-empty string without "
+                "'=', ',', '/' or a space"
+            )
+        if isinstance(func, str) or hasattr(func, "config"):
+            func = ClassifierReward(func)
+        elif not callable(func):
+            raise ValueError(
+                f"reward function {name!r} must be a callable or a model id, got {func!r}"
+            )
+        loaded[name] = func
+    return loaded
+
+
+def identify(func: RewardFunc) -> str:
+    """What tells stored rewards of one function from those of another: its model or import path."""
+    if isinstance(func, ClassifierReward):
+        return func.name
+    # A partial or a callable object is known by its class.
+    named = func if hasattr(func, "__qualname__") else type(func)
+    return named.__qualname__
+
+
+def compute_rewards(
+    name: str,
+    func: RewardFunc,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[list[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    """
+    Calls one reward function on a batch and checks what it returns.
+
+    Args:
+        name (`str`):
+            Objective, for the messages.
+        func (`Callable`):
+            Reward function.
+        prompts (`list`):
+            Strings, or conversations for conversational datasets.
+        completions (`list`):
+            Strings, or conversations of one assistant message.
+        completion_ids (`list[list[int]]`):
+            Tokens of the completions, with the end-of-sequence token of those that ended.
+        columns (`dict[str, list]`):
+            Other columns of the dataset.
+
+    Returns:
+        `list[float]`: A finite reward per completion.
+    """
+
+    def call(rows: Sequence[int]) -> Any:
+        return func(
+            prompts=[prompts[i] for i in rows],
+            completions=[completions[i] for i in rows],
+            completion_ids=[completion_ids[i] for i in rows],
+            **{column: [values[i] for i in rows] for column, values in columns.items()},
+        )
+
+    everything = range(len(prompts))
+    try:
+        returned = call(everything)
+    except Exception as error:
+        for i in everything:  # one by one, to name the prompt
+            try:
+                call([i])
+            except Exception as single:
+                raise RuntimeError(
+                    f"reward function {name!r} raised {type(single).__name__}: {single}, for the "
+                    f"prompt {prompts[i]!r} and the completion {completions[i]!r}"
+                ) from single
+        raise RuntimeError(
+            f"reward function {name!r} raised {type(error).__name__}: {error}, for a batch of "
+            f"{len(prompts)} completions that starts with the prompt {prompts[0]!r}, though not for "
+            "any of them alone"
+        ) from error
+    try:
+        rewards = list(returned)
+    except TypeError:
+        rewards = None
+    if rewards is None or len(rewards) != len(prompts):
+        count = "no list" if rewards is None else f"{len(rewards)} rewards"
+        raise ValueError(
+            f"reward function {name!r} returned {count} for {len(prompts)} completions, the first of "
+            f"them of the prompt {prompts[0]!r}; it must return a float per completion"
+        )
+    for i, reward in enumerate(rewards):
+        try:
+            rewards[i] = float(reward)
+        except (TypeError, ValueError):
+            rewards[i] = math.nan
+        if not math.isfinite(rewards[i]):
+            raise ValueError(
+                f"reward function {name!r} returned {reward!r} for the prompt {prompts[i]!r} and the "
+                f"completion {completions[i]!r}; it must return finite numbers"
+            )
+    return rewards
+
+
+def reward_statistics(trees: Sequence[Tree], objectives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Mean and standard deviation of every objective's reward under the base model.
+
+    A leaf counts with the probability that a single response, sampled from the root, would have
+    taken its place: however a tree branches, the mean is that of plain sampling.
+
+    Args:
+        trees (`list[Tree]`):
+            Rollouts with rewards. Every prompt counts the same.
+        objectives (`list[str]`):
+            Names of the rewards.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Mean and standard deviation, `[n_objectives]` each. The
+        standard deviation of a constant reward is given as 1, with a warning.
+    """
+    weights, rewards = [], []
+    for tree in trees:
+        leaves = tree.leaves()
+        weights.append(tree.shares()[leaves])
+        rewards.append(np.stack([tree.rewards[name][leaves] for name in objectives], axis=-1))
+    share = np.concatenate(weights)[:, None] / len(trees)
+    reward = np.concatenate(rewards)
+    mean = (share * reward).sum(0)
+    std = np.sqrt((share * (reward - mean) ** 2).sum(0))
+    for i, name in enumerate(objectives):
+        if std[i] <= 1e-6 * max(1.0, abs(mean[i])):
+            logger.warning(
+                f"reward function {name!r} returned {mean[i]:.6g} for every response: a constant "
+                "reward cannot guide"
+            )
+            std[i] = 1.0
+    return mean, std

