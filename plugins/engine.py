@@ -77,7 +77,11 @@ def paged_attention(
     Candidates do not see each other: attention over the prefix gives an output and its
     log-sum-exp, and the candidate's own key and value are merged in analytically.
     """
-    assert mavis_step is not None and s_aux is None
+    if mavis_step is None:
+        raise RuntimeError(
+            "this value model belongs to a ValueEngine; load another copy for plain forward passes"
+        )
+    assert s_aux is None  # attention sinks are refused by the engine
     step = mavis_step
     batch, queries = step.positions.shape
     kv_heads, dim = key.shape[1], key.shape[3]
@@ -122,7 +126,7 @@ def _attend(
     scaling: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and its log-sum-exp: `[batch, kv_heads, queries, dim]` and float32 without `dim`."""
+    """Attention `[batch, kv_heads, queries, dim]` and its float32 log-sum-exp (without `dim`)."""
     if q.device.type == "cpu" and softcap is None and q.dtype != torch.float16:
         # The CPU flash kernel is the one public form that also returns the log-sum-exp.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -191,8 +195,9 @@ class ValueEngine:
         if num_blocks < blocks_each:
             needed = (blocks_each + 1) * BLOCK_SIZE * bytes_per_token
             raise ValueError(
-                f"the value models' key-value store of {(kv_cache_memory or 0) / GIB:.3g} GiB cannot "
-                f"hold one sequence of {max_length} tokens; it needs at least {needed / GIB:.3g} GiB"
+                f"the value models' key-value store of {(kv_cache_memory or 0) / GIB:.3g} GiB "
+                f"(kv_cache_memory_gib) cannot hold one sequence of {max_length} tokens; it needs "
+                f"at least {needed / GIB:.3g} GiB"
             )
         tokens = (num_blocks + 1) * BLOCK_SIZE
         self.kv_cache_bytes = tokens * bytes_per_token
@@ -212,7 +217,9 @@ class ValueEngine:
             )
         self._free = list(range(num_blocks, 0, -1))
         self._num_blocks = num_blocks
-        self._table = np.zeros((num_slots, blocks_each), dtype=np.int64)  # a slot's blocks, in order
+        self._table = np.zeros(
+            (num_slots, blocks_each), dtype=np.int64
+        )  # a slot's blocks, in order
         self._held = np.zeros(num_slots, dtype=np.int64)  # number of them
         self._cached = np.zeros(num_slots, dtype=np.int64)  # prefix tokens whose keys are stored
         self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
@@ -337,9 +344,7 @@ class ValueEngine:
             padding = offsets >= n[:, None]
             positions = np.where(padding, 0, first[:, None] + offsets)
             write = np.where(padding, 0, self._places(rows, positions))
-            self._forward(
-                tokens.to(self.device), positions, rows, first + n, write, values=False
-            )
+            self._forward(tokens.to(self.device), positions, rows, first + n, write, values=False)
             self._cached[rows] = first + n
             left = self._cached[slots] < lengths
             slots, lengths = slots[left], lengths[left]
@@ -408,12 +413,12 @@ def _cacheable(model: MAVISValueModel, max_length: int) -> Any:
     """The backbone's text config, if its attention can be cached by position."""
     config = model.config.backbone_config.get_text_config()  # type: ignore[union-attr]
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"} or not getattr(
-        model.backbone, "_supports_attention_backend", False
-    ):
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    pluggable = getattr(model.backbone, "_supports_attention_backend", False)
+    if not kinds <= {"full_attention", "sliding_attention"} or sinks or not pluggable:
         raise ValueError(
             f"a backbone of type {config.model_type!r} (layers {sorted(kinds)}) is not supported: "
-            "use a decoder whose layers are full or sliding-window attention"
+            "use a decoder whose layers are full or sliding-window attention without sinks"
         )
     if max_length > config.max_position_embeddings:
         raise ValueError(

@@ -94,9 +94,7 @@ class Guide:
         else:
             index = torch.from_numpy(rows).to(logits.device)
             guided = logits[index]
-        candidates, log_policy, scale = self.log_probs(
-            guided, slots, lengths, last_tokens, history
-        )
+        candidates, log_policy, scale = self.log_probs(guided, slots, lengths, last_tokens, history)
         guided.fill_(-torch.inf).scatter_(1, candidates, log_policy + scale[:, None])
         if guided is not logits:
             logits[index] = guided

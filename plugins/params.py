@@ -38,14 +38,14 @@ class GuidanceParams:
 
     def __post_init__(self) -> None:
         for weight in self.weights:
-            _number("mavis_weights", weight)
-        if _number("mavis_beta", self.beta) < 0:
-            raise ValueError(f"mavis_beta must not be negative, got {self.beta}")
+            _number("weights", weight)
+        if _number("beta", self.beta) < 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
-            raise ValueError(f"mavis_top_k must be an integer of at least 1, got {self.top_k!r}")
-        if self.kl_budget is not None and _number("mavis_kl_budget", self.kl_budget) <= 0:
+            raise ValueError(f"top_k must be an integer of at least 1, got {self.top_k!r}")
+        if self.kl_budget is not None and _number("kl_budget", self.kl_budget) <= 0:
             raise ValueError(
-                f"mavis_kl_budget must be positive, in nats per step, got {self.kl_budget}; "
+                f"kl_budget must be positive, in nats per step, got {self.kl_budget}; "
                 "leave it out for no limit"
             )
 
@@ -124,7 +124,8 @@ class GuidanceConfig:
             raise ValueError(f"mavis config: dtype must be one of {DTYPES}, got {self.dtype!r}")
         if _number("mavis config: kv_cache_memory_gib", self.kv_cache_memory_gib) <= 0:
             raise ValueError(
-                f"mavis config: kv_cache_memory_gib must be positive, got {self.kv_cache_memory_gib}"
+                "mavis config: kv_cache_memory_gib must be positive, "
+                f"got {self.kv_cache_memory_gib}"
             )
 
     def default_params(self, objectives: Sequence[str], trained_top_k: int) -> GuidanceParams:
@@ -133,16 +134,17 @@ class GuidanceConfig:
         Raises:
             ValueError: A default is out of range or names no objective.
         """
-        params = GuidanceParams(
-            weights=_weights_by_name("weights", self.weights, objectives),
-            beta=self.beta,
-            top_k=trained_top_k if self.top_k is None else self.top_k,
-            kl_budget=self.kl_budget,
-        )
-        if not params.top_k <= self.max_top_k:
-            raise ValueError(
-                f"mavis config: top_k {params.top_k} is above max_top_k {self.max_top_k}"
+        try:
+            params = GuidanceParams(
+                weights=_weights_by_name(self.weights, objectives),
+                beta=self.beta,
+                top_k=trained_top_k if self.top_k is None else self.top_k,
+                kl_budget=self.kl_budget,
             )
+            if params.top_k > self.max_top_k:
+                raise ValueError(f"top_k {params.top_k} is above max_top_k {self.max_top_k}")
+        except ValueError as error:
+            raise ValueError(f"mavis config: {error}") from None
         return params
 
 
@@ -174,66 +176,68 @@ def request_params(
             f"unknown argument {unknown[0]!r}; known: {', '.join(PREFIX + n for n in known)}"
         )
     values: dict[str, Any] = {name: getattr(defaults, name) for name in known}
-    if "mavis_weights" in given:
-        values["weights"] = _weights(given["mavis_weights"], objectives)
-    for name in ("beta", "kl_budget"):
-        if PREFIX + name in given:
-            values[name] = _number(PREFIX + name, given[PREFIX + name])
-    if "mavis_top_k" in given:
-        top_k = _number("mavis_top_k", given["mavis_top_k"])
-        if top_k != int(top_k) or not 1 <= top_k <= max_top_k:
-            raise ValueError(
-                f"mavis_top_k must be an integer from 1 to {max_top_k}, "
-                f"got {given['mavis_top_k']!r}"
-            )
-        values["top_k"] = int(top_k)
-    return GuidanceParams(**values)
+    try:
+        if "mavis_weights" in given:
+            values["weights"] = parse_weights(given["mavis_weights"], objectives)
+        for name in ("beta", "kl_budget"):
+            if PREFIX + name in given:
+                values[name] = _number(name, given[PREFIX + name])
+        if "mavis_top_k" in given:
+            top_k = _number("top_k", given["mavis_top_k"])
+            if top_k != int(top_k) or not 1 <= top_k <= max_top_k:
+                raise ValueError(
+                    f"top_k must be an integer from 1 to {max_top_k}, got {given['mavis_top_k']!r}"
+                )
+            values["top_k"] = int(top_k)
+        return GuidanceParams(**values)
+    except ValueError as error:  # its message begins with the field's name
+        raise ValueError(f"{PREFIX}{error}") from None
 
 
-def _weights(value: object, objectives: Sequence[str]) -> tuple[float, ...]:
-    """`mavis_weights` in any of its forms, in the order of `objectives`."""
+def parse_weights(value: object, objectives: Sequence[str]) -> tuple[float, ...]:
+    """Weights in any of the forms that `request_params` lists, in the order of `objectives`.
+
+    Raises:
+        ValueError: Malformed, not finite, or of an unknown objective.
+    """
     if isinstance(value, str):
         text = value.strip()
         if text.startswith(("{", "[")):
             try:
                 value = json.loads(text)
             except ValueError as error:
-                raise ValueError(
-                    f"mavis_weights is not valid JSON ({error}), got {value!r}"
-                ) from None
+                raise ValueError(f"weights is not valid JSON ({error}), got {value!r}") from None
         else:
             pairs = [part.partition("=") for part in text.split(",")]
             if not all(name.strip() and equals for name, equals, _ in pairs):
                 raise ValueError(
-                    "mavis_weights must be a JSON object, 'name=value,…' or a list of numbers, "
+                    "weights must be a JSON object, 'name=value,…' or a list of numbers, "
                     f"got {value!r}"
                 )
             names = [name.strip() for name, _, _ in pairs]
             if len(set(names)) < len(names):
-                raise ValueError(f"mavis_weights names an objective twice, got {value!r}")
+                raise ValueError(f"weights names an objective twice, got {value!r}")
             value = {name: number for name, (_, _, number) in zip(names, pairs)}
     if isinstance(value, Mapping):
-        return _weights_by_name("mavis_weights", value, objectives)
+        return _weights_by_name(value, objectives)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if len(value) != len(objectives):
             raise ValueError(
-                f"mavis_weights has {len(value)} numbers for {len(objectives)} objectives "
+                f"weights has {len(value)} numbers for {len(objectives)} objectives "
                 f"{list(objectives)}"
             )
-        return tuple(_number(f"mavis_weights[{i}]", w) for i, w in enumerate(value))
+        return tuple(_number(f"weights[{i}]", w) for i, w in enumerate(value))
     raise ValueError(
-        f"mavis_weights must be a JSON object, 'name=value,…' or a list of numbers, got {value!r}"
+        f"weights must be a JSON object, 'name=value,…' or a list of numbers, got {value!r}"
     )
 
 
-def _weights_by_name(
-    name: str, weights: Mapping[str, object], objectives: Sequence[str]
-) -> tuple[float, ...]:
+def _weights_by_name(weights: Mapping[str, object], objectives: Sequence[str]) -> tuple[float, ...]:
     if unknown := sorted(set(weights) - set(objectives)):
         raise ValueError(
-            f"{name}: unknown objective {unknown[0]!r}; this server has {list(objectives)}"
+            f"weights: unknown objective {unknown[0]!r}; the value models have {list(objectives)}"
         )
-    return tuple(_number(f"{name}[{key!r}]", weights.get(key, 0.0)) for key in objectives)
+    return tuple(_number(f"weights[{key!r}]", weights.get(key, 0.0)) for key in objectives)
 
 
 def _number(name: str, value: object) -> float:

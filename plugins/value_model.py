@@ -1,4 +1,4 @@
-"""Value models: what MAVIS guides with, as an ordinary transformers model that saves to safetensors.
+"""Value models: what MAVIS guides with, as ordinary transformers models saved to safetensors.
 
 A value model is a causal decoder with the base model's tokenizer and a linear head of one output
 per objective. It predicts, at every position, the standardised reward that the response will end
@@ -172,13 +172,13 @@ class MAVISValueModel(PreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> MAVISValueOutput:
-        """Value after every token of a padded batch; the plain form that `engine` is tested against.
+        """Value after every token of a padded batch; `engine` computes the same incrementally.
 
         Args:
             input_ids: `[batch, length]` int64.
-            attention_mask: `[batch, length]`, 1 for tokens and 0 for padding. A padding token may be
-                the end-of-sequence token: only the mask says which it is.
-            position_ids: `[batch, length]` int64; by default counted from the first unmasked token.
+            attention_mask: `[batch, length]`, 1 for tokens and 0 for padding. A padding token may
+                be the end-of-sequence token: only the mask says which it is.
+            position_ids: `[batch, length]` int64; by default counted from the first real token.
         """
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -208,7 +208,7 @@ class MAVISValueModel(PreTrainedModel):
         Args:
             base_model: A loaded causal decoder, or a name or path to load one from.
             objectives: One output of the head each.
-            num_hidden_layers: How many blocks to keep, 1 to the base model's number; `None` keeps all.
+            num_hidden_layers: How many blocks to keep, at least 1; `None` keeps all.
             tokenizer: The base model's tokenizer, for the fingerprint that serving checks.
             dtype: Of the new weights.
             config_fields: Other fields of [`MAVISValueConfig`].
@@ -263,8 +263,8 @@ class MAVISValueModel(PreTrainedModel):
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             found = sorted(p.name for p in folder.iterdir())
             raise ValueError(
-                f"value model {name_or_path!r} has no .safetensors weights (found {found}); pickled "
-                "weights are never loaded: save it with save_pretrained"
+                f"value model {name_or_path!r} has no .safetensors weights (found {found}); "
+                "pickled weights are never loaded: save it with save_pretrained"
             )
         try:
             model, info = cls.from_pretrained(

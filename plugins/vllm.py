@@ -277,8 +277,8 @@ def _check_base_model(model: MAVISValueModel, path: str, vllm_config: VllmConfig
     config, vocab_size = model.config, model_config.get_vocab_size()
     if config.vocab_size != vocab_size:
         raise ValueError(
-            f"value model {path!r} has a vocabulary of {config.vocab_size} tokens, the served model "
-            f"{model_config.model!r} has {vocab_size}: train value models on the served model"
+            f"value model {path!r} has a vocabulary of {config.vocab_size} tokens, the served "
+            f"model {model_config.model!r} has {vocab_size}: train value models on the served model"
         )
     if config.tokenizer_fingerprint and not model_config.skip_tokenizer_init:
         from vllm.tokenizers import cached_tokenizer_from_config
@@ -286,8 +286,9 @@ def _check_base_model(model: MAVISValueModel, path: str, vllm_config: VllmConfig
         served = tokenizer_fingerprint(cached_tokenizer_from_config(model_config))
         if served != config.tokenizer_fingerprint:
             raise ValueError(
-                f"value model {path!r} was trained with the tokenizer of {config.base_model!r}, not "
-                f"with that of {model_config.tokenizer!r}: train value models on the served model"
+                f"value model {path!r} was trained with the tokenizer of {config.base_model!r}, "
+                f"not with that of {model_config.tokenizer!r}: train value models on the served "
+                "model"
             )
     if config.base_model_fingerprint not in (None, base_model_fingerprint(model_config.hf_config)):
         logger.warning(

@@ -1,0 +1,182 @@
+"""MAVIS in transformers: a logits processor for `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor
+
+from .engine import GIB, ValueEngine
+from .guide import Guide
+from .params import GuidanceParams, parse_weights
+from .value_model import MAVISValueModel, tokenizer_fingerprint
+
+
+class MAVISLogitsProcessor(LogitsProcessor):
+    """Tilts the next-token distribution of every sequence in the batch by its candidates' values.
+
+    Greedy search, sampling, beam search and assisted decoding all work: a row whose tokens are not
+    last step's with one more is taken up from where they differ. One object serves any number of
+    `generate` calls, one at a time.
+
+    Args:
+        value_models: Value models, or folders or hub ids of them.
+        weights: Weight of each objective by name, absent ones 0; or a list in the models' order.
+        beta: Strength of the guidance.
+        top_k: Number of candidates at each step; by default the number the models were made for.
+        kl_budget: Most nats per step that guidance may move the distribution.
+        attention_mask: `[batch, prompt_length]`, the mask given to `generate`. Needed when prompts
+            are padded on the left; may be set between calls.
+        tokenizer: The base model's, to check that the value models were trained with it.
+        device: Where the value models run; by default the base model's device.
+        dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
+        kv_cache_memory_gib: Upper bound of the value models' key-value store.
+
+    Raises:
+        ValueError: A value model cannot be loaded or does not fit, or a parameter is out of range.
+
+    Example:
+
+        processor = MAVISLogitsProcessor(["value_model"], weights={"helpful": 1.0}, beta=2.0)
+        model.generate(**inputs, do_sample=True, top_k=0, logits_processor=[processor])
+    """
+
+    def __init__(
+        self,
+        value_models: Sequence[MAVISValueModel | str],
+        *,
+        weights: Mapping[str, float] | Sequence[float],
+        beta: float = 1.0,
+        top_k: int | None = None,
+        kl_budget: float | None = None,
+        attention_mask: torch.Tensor | None = None,
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        kv_cache_memory_gib: float = 1.0,
+    ) -> None:
+        self._models = [MAVISValueModel.load(m) if isinstance(m, str) else m for m in value_models]
+        if not self._models:
+            raise ValueError("value_models is empty: give at least one value model")
+        configs = [model.config for model in self._models]
+        self.objectives = tuple(name for config in configs for name in config.objectives)
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"two value models have an objective of one name: {self.objectives}")
+        for config in configs:
+            if tokenizer is None or config.tokenizer_fingerprint is None:
+                continue
+            if config.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
+                raise ValueError(
+                    f"the value model for {config.objectives} was trained with the tokenizer of "
+                    f"{config.base_model!r}, not with the one given: train it on this base model"
+                )
+        self.params = GuidanceParams(
+            weights=parse_weights(weights, self.objectives),
+            beta=beta,
+            top_k=max(config.top_k for config in configs) if top_k is None else top_k,
+            kl_budget=kl_budget,
+        )
+        self.attention_mask = attention_mask
+        self._device = device
+        self._dtype = dtype
+        self._kv_cache_memory = int(kv_cache_memory_gib * GIB)
+        self._guide: Guide | None = None
+        self._tokens = torch.zeros((0, 0), dtype=torch.int64)  # [batch, length] of the last step
+        self._padding = np.zeros(0, dtype=np.int64)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Log-probabilities of the guided policy.
+
+        Args:
+            input_ids: `[batch, length]` int64, prompts and what was generated so far.
+            scores: `[batch, vocab]` float32, the base model's.
+
+        Returns:
+            `[batch, vocab]` float32, normalised; `-inf` for all but the candidates.
+
+        Raises:
+            ValueError: Another vocabulary, a prefix beyond the value models' context, or prompts
+                that look padded without an `attention_mask`.
+        """
+        if not self.params.guides:
+            return scores
+        batch, length = input_ids.shape
+        guide = self._guide_for(batch, scores)
+        tokens = input_ids.cpu()
+        padding = self._leading_padding(tokens)
+        if tokens.shape[0] == self._tokens.shape[0]:
+            known = min(length, self._tokens.shape[1])
+            same = (tokens[:, :known] == self._tokens[:, :known]).cumprod(1).sum(1).numpy()
+            same = np.where(padding == self._padding, np.maximum(same - padding, 0), 0)
+        else:
+            same = np.zeros(batch, dtype=np.int64)
+        for row in np.flatnonzero(same + padding < self._tokens.shape[1]):
+            guide.engine.truncate(row, int(same[row]))
+        self._tokens, self._padding = tokens, padding
+        candidates, log_policy, _ = guide.log_probs(
+            scores,
+            np.arange(batch),
+            length - padding,
+            input_ids[:, -1].to(guide.engine.device),
+            lambda slot, start, stop: tokens[slot, padding[slot] + start : padding[slot] + stop],
+        )
+        return torch.full_like(scores, -torch.inf).scatter_(1, candidates, log_policy)
+
+    def _guide_for(self, batch: int, scores: torch.Tensor) -> Guide:
+        """The guide, with a slot for every row."""
+        if self._guide is not None and len(self._guide.guided) >= batch:
+            return self._guide
+        configs = [model.config for model in self._models]
+        for config in configs:
+            if config.vocab_size != scores.shape[-1]:
+                raise ValueError(
+                    f"the value model for {config.objectives} has a vocabulary of "
+                    f"{config.vocab_size} tokens, the base model has {scores.shape[-1]}"
+                )
+        device = torch.device(self._device or scores.device)
+        default = torch.float32 if device.type == "cpu" else torch.bfloat16
+        engine = ValueEngine(
+            self._models,
+            num_slots=batch,
+            max_length=min(
+                config.backbone_config.get_text_config().max_position_embeddings  # type: ignore
+                for config in configs
+            ),
+            device=device,
+            dtype=self._dtype or default,
+            kv_cache_memory=self._kv_cache_memory,
+        )
+        self._guide = Guide(engine, batch)
+        for slot in range(batch):
+            self._guide.start(slot, self.params)
+        self._tokens = torch.zeros((0, 0), dtype=torch.int64)
+        return self._guide
+
+    def _leading_padding(self, tokens: torch.Tensor) -> np.ndarray:
+        """Number of padding tokens before each row's prompt, `[batch]` int64."""
+        batch = len(tokens)
+        if self.attention_mask is None:
+            pads = {
+                model.config.backbone_config.pad_token_id  # type: ignore[union-attr]
+                for model in self._models
+            }
+            if batch > 1 and any((tokens[:, 0] == pad).any() for pad in pads if pad is not None):
+                raise ValueError(
+                    "a prompt starts with the padding token: pass the attention_mask that "
+                    "generate gets to MAVISLogitsProcessor, or set it before each call"
+                )
+            return np.zeros(batch, dtype=np.int64)
+        mask = self.attention_mask.cpu()
+        if batch % len(mask) or mask.shape[1] > tokens.shape[1]:
+            raise ValueError(
+                f"attention_mask of shape {list(mask.shape)} does not belong to input_ids of shape "
+                f"{list(tokens.shape)}: set it to the mask given to generate"
+            )
+        padding = (mask != 0).long().argmax(1)
+        if ((mask != 0).sum(1) + padding != mask.shape[1]).any():
+            raise ValueError("attention_mask is not a left-padded batch: set padding_side='left'")
+        # Beam search and num_return_sequences repeat every prompt.
+        return padding.repeat_interleave(batch // len(mask)).numpy()

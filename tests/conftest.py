@@ -1,0 +1,91 @@
+"""Tiny models and plain reference computations that the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+VOCAB_SIZE = 96
+EOS = 2
+WORDS = [f"w{i}" for i in range(3, VOCAB_SIZE)]
+
+
+def make_tokenizer(words: list[str] = WORDS):
+    """A word-level tokenizer whose padding token is its end-of-sequence token, as SmolLM2's is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template="{% for m in messages %}<s> {{ m['content'] }} </s> {% endfor %}",
+    )
+
+
+def make_base_model(folder: Path) -> Path:
+    """A tiny random Llama, float32, that vLLM and transformers load."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.12)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_value_model(folder: Path, base: Path, objectives: list[str], seed: int = 1, **fields):
+    """A value model over the base model's first two layers with a random head."""
+    import torch
+
+    from trimtab.plugins import MAVISValueModel
+
+    model = MAVISValueModel.from_base_model(
+        str(base),
+        objectives,
+        num_hidden_layers=2,
+        tokenizer=make_tokenizer(),
+        **fields,
+    )
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.head.weight, std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    return make_base_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def value_model(tmp_path_factory, base_model) -> Path:
+    return make_value_model(tmp_path_factory.mktemp("value"), base_model, ["sweet", "sour"])
