@@ -14,7 +14,7 @@ import numpy as np
 from transformers.utils import logging
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from .rollouts import Tree
 
@@ -37,11 +37,12 @@ class ClassifierReward:
     def __init__(self, model: str | PreTrainedModel, batch_size: int = 16) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        self.model: Any = model
         if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-        self.model = model.eval()
-        self.name = model.config.name_or_path
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.name)
+            self.model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+        self.model.eval()
+        self.name = str(self.model.config.name_or_path)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.name)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -73,7 +74,7 @@ class ClassifierReward:
         return rewards
 
 
-def load_reward_funcs(reward_funcs: Mapping[str, RewardFunc | str]) -> dict[str, RewardFunc]:
+def load_reward_funcs(reward_funcs: Mapping[str, Any]) -> dict[str, RewardFunc]:
     """
     Checks the names and loads the model ids.
 
@@ -86,7 +87,8 @@ def load_reward_funcs(reward_funcs: Mapping[str, RewardFunc | str]) -> dict[str,
     """
     if not isinstance(reward_funcs, Mapping) or not reward_funcs:
         raise ValueError(
-            "`reward_funcs` must be a non-empty dict of objective names to reward functions or model "
+            "`reward_funcs` must be a non-empty dict of objective names to reward functions or "
+            "model "
             f"ids, for example {{'positivity': positivity}}, got {reward_funcs!r}"
         )
     loaded: dict[str, RewardFunc] = {}
@@ -98,12 +100,13 @@ def load_reward_funcs(reward_funcs: Mapping[str, RewardFunc | str]) -> dict[str,
                 "'=', ',', '/' or a space"
             )
         if isinstance(func, str) or hasattr(func, "config"):
-            func = ClassifierReward(func)
-        elif not callable(func):
+            loaded[name] = ClassifierReward(func)
+        elif callable(func):
+            loaded[name] = func
+        else:
             raise ValueError(
                 f"reward function {name!r} must be a callable or a model id, got {func!r}"
             )
-        loaded[name] = func
     return loaded
 
 
@@ -112,7 +115,7 @@ def identify(func: RewardFunc) -> str:
     if isinstance(func, ClassifierReward):
         return func.name
     # A partial or a callable object is known by its class.
-    named = func if hasattr(func, "__qualname__") else type(func)
+    named: Any = func if hasattr(func, "__qualname__") else type(func)
     return named.__qualname__
 
 
@@ -167,7 +170,8 @@ def compute_rewards(
                 ) from single
         raise RuntimeError(
             f"reward function {name!r} raised {type(error).__name__}: {error}, for a batch of "
-            f"{len(prompts)} completions that starts with the prompt {prompts[0]!r}, though not for "
+            f"{len(prompts)} completions that starts with the prompt {prompts[0]!r}, though not "
+            "for "
             "any of them alone"
         ) from error
     try:
@@ -177,7 +181,8 @@ def compute_rewards(
     if rewards is None or len(rewards) != len(prompts):
         count = "no list" if rewards is None else f"{len(rewards)} rewards"
         raise ValueError(
-            f"reward function {name!r} returned {count} for {len(prompts)} completions, the first of "
+            f"reward function {name!r} returned {count} for {len(prompts)} completions, the first "
+            "of "
             f"them of the prompt {prompts[0]!r}; it must return a float per completion"
         )
     for i, reward in enumerate(rewards):
@@ -187,13 +192,16 @@ def compute_rewards(
             rewards[i] = math.nan
         if not math.isfinite(rewards[i]):
             raise ValueError(
-                f"reward function {name!r} returned {reward!r} for the prompt {prompts[i]!r} and the "
+                f"reward function {name!r} returned {reward!r} for the prompt {prompts[i]!r} and "
+                "the "
                 f"completion {completions[i]!r}; it must return finite numbers"
             )
     return rewards
 
 
-def reward_statistics(trees: Sequence[Tree], objectives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def reward_statistics(
+    trees: Sequence[Tree], objectives: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """
     Mean and standard deviation of every objective's reward under the base model.
 

@@ -162,8 +162,8 @@ def grow_trees(
     Samples one tree per prompt, each layer of all of them in one call of the sampler.
 
     A piece's length is drawn before the piece, uniform around its share of what is left, so that
-    nodes lie at every depth. A first piece that ends within its length would make the root's child a
-    leaf: it is split at a random point. The rest that it was sampled with stays the split's only
+    nodes lie at every depth. A first piece that ends within its length would make the root's child
+    a leaf: it is split at a random point. The rest that it was sampled with stays the split's only
     unbiased sample, since it is why there is a split; its new siblings get weight 0.
 
     Args:
@@ -490,7 +490,11 @@ def read_rollouts(folder: str | Path) -> list[Tree]:
     Returns:
         `list[Tree]`: The trees in the order of their prompts.
     """
-    return [tree for path in sorted(Path(folder).glob("trees-*.parquet")) for tree in read_trees(path)[0]]
+    return [
+        tree
+        for path in sorted(Path(folder).glob("trees-*.parquet"))
+        for tree in read_trees(path)[0]
+    ]
 
 
 def collect_rollouts(
@@ -575,7 +579,8 @@ def collect_rollouts(
                 if name in stored:
                     raise ValueError(
                         f"{path} holds rewards {name!r} of {stored[name]!r}, not of "
-                        f"{reward_ids[name]!r}; name the new objective differently, or give another "
+                        f"{reward_ids[name]!r}; name the new objective differently, or give "
+                        "another "
                         "`rollout_dir`"
                     )
                 score_trees(trees, name, func, prompts, columns, tokenizer)
@@ -603,13 +608,15 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
         if differing:
             raise ValueError(
                 f"the rollouts in {str(folder)!r} were made with other settings: "
-                f"{'; '.join(differing)}. Give another `rollout_dir`, or remove that folder to sample "
+                f"{'; '.join(differing)}. Give another `rollout_dir`, or remove that folder to "
+                "sample "
                 "again"
             )
         return
     if any(folder.glob("trees-*.parquet")):
         raise ValueError(
-            f"{str(folder)!r} holds rollouts without their rollouts.json; give another `rollout_dir`"
+            f"{str(folder)!r} holds rollouts without their rollouts.json; give another "
+            "`rollout_dir`"
         )
     partial = folder / ".rollouts.json.partial"
     partial.write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,311 @@
+"""Configuration of the [`MAVISTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MAVISConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`MAVISTrainer`].
+
+    This class includes only the parameters that are specific to the training of value models. For a
+    full list of training arguments, please refer to the [`~transformers.TrainingArguments`]
+    documentation. Note that default values in this class may differ from those in
+    [`~transformers.TrainingArguments`].
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be
+    specified on the command line.
+
+    Parameters:
+        > Parameters that control the model
+
+        num_hidden_layers (`int` or `None`, *optional*, defaults to `4`):
+            Number of the base model's first blocks that make the value model's backbone, used when
+            the `model` argument of the [`MAVISTrainer`] is provided as a string. If `None`, all are
+            kept.
+        train_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to train the token embedding. Few of its rows are seen in the rollouts, and with
+            a small backbone it holds most of the parameters.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used to
+            load the base model.
+
+        > Parameters that control the rollouts
+
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Maximum length of a response.
+        max_prompt_length (`int`, *optional*):
+            Maximum length of a prompt. A longer one is an error. If `None`, a prompt and a response
+            must fit the base model's context.
+        layers (`int`, *optional*, defaults to `5`):
+            Number of layers of a tree of responses, which has `root_children * children ** (layers
+            - 1)` of them. With one layer the responses share nothing but the prompt.
+        root_children (`int`, *optional*, defaults to `4`):
+            Number of children of a tree's root, the prompt.
+        children (`int`, *optional*, defaults to `2`):
+            Number of children of every other node.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature for sampling. The value model predicts rewards under the policy that
+            sampled.
+        top_k (`int`, *optional*, defaults to `40`):
+            Number of likeliest tokens to sample from, and of candidates that the value model guides
+            among. Guidance chooses among the base model's `top_k` likeliest tokens, so that its
+            reference policy is the base model with this `top_k`. If `0`, all tokens are sampled
+            from.
+        rollout_dir (`str`, *optional*):
+            Where the rollouts are stored as Parquet. An interrupted collection resumes there. If
+            `None`, it defaults to `"rollouts"` in `output_dir`.
+        rollout_batch_size (`int`, *optional*, defaults to `32`):
+            Number of prompts whose trees are sampled together and stored in one file.
+        generation_batch_size (`int`, *optional*, defaults to `32`):
+            Number of responses that transformers continues at once. Only used when `use_vllm` is
+            `False`.
+
+        > Parameters that control generation acceleration powered by vLLM
+
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether to sample with vLLM, in this process, instead of `model.generate()`. Requires
+            `vllm` to be installed.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Control the GPU memory utilization for vLLM.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Control the tensor parallel size for vLLM.
+        vllm_init_kwargs (`dict[str, Any]`, *optional*):
+            Further keyword arguments for `vllm.LLM`, for example `{"enforce_eager": true}`.
+
+        > Parameters that control the training
+
+        leaf_fraction (`float`, *optional*, defaults to `0.5`):
+            Fraction of the bottom layer of every tree to train on, which would outnumber the rest.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Maximum number of tokens of a training sequence. A larger tree is cut into several
+            sequences of whole responses, which repeat what these share.
+        sibling_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the squared error of the differences between the values of siblings, read at
+            their first and at their last token.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `2e-4` instead of `5e-5`.
+    > - `per_device_train_batch_size`: Defaults to `4` instead of `8`; one item is a tree.
+    > - `num_train_epochs`: Defaults to `2` instead of `3`.
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`; reward functions get all
+    >   columns.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "vllm_init_kwargs",
+    ]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(
+        default=2e-4,
+        metadata={"help": "The initial learning rate for AdamW."},
+    )
+    per_device_train_batch_size: int = field(
+        default=4,
+        metadata={"help": "Number of training sequences, of a tree each, per device and step."},
+    )
+    num_train_epochs: float = field(
+        default=2.0,
+        metadata={"help": "Total number of training epochs to perform."},
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. "
+            "If "
+            "smaller than 1, will be interpreted as ratio of total training steps."
+        },
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Whether to use bf16 (mixed) precision instead of 32-bit. If not set, it "
+            "defaults "
+            "to `True` if `fp16` is not set."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Whether to drop the dataset's columns that reward functions may need."},
+    )
+
+    # Parameters that control the model
+    num_hidden_layers: int | None = field(
+        default=4,
+        metadata={
+            "help": "Number of the base model's first blocks that make the value model's backbone, "
+            "used "
+            "when the `model` argument of the `MAVISTrainer` is provided as a string. If "
+            "`None`, all are kept."
+        },
+    )
+    train_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to train the token embedding. Few of its rows are seen in the "
+            "rollouts, "
+            "and with a small backbone it holds most of the parameters."
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used to load "
+            "the "
+            "base model."
+        },
+    )
+
+    # Parameters that control the rollouts
+    max_completion_length: int = field(
+        default=256,
+        metadata={"help": "Maximum length of a response."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum length of a prompt. A longer one is an error. If `None`, a prompt and "
+            "a "
+            "response must fit the base model's context."
+        },
+    )
+    layers: int = field(
+        default=5,
+        metadata={
+            "help": "Number of layers of a tree of responses, which has `root_children * children "
+            "** "
+            "(layers - 1)` of them. With one layer the responses share nothing but the prompt."
+        },
+    )
+    root_children: int = field(
+        default=4,
+        metadata={"help": "Number of children of a tree's root, the prompt."},
+    )
+    children: int = field(
+        default=2,
+        metadata={"help": "Number of children of every other node."},
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature for sampling. The value model predicts rewards under the policy "
+            "that "
+            "sampled."
+        },
+    )
+    top_k: int = field(
+        default=40,
+        metadata={
+            "help": "Number of likeliest tokens to sample from, and of candidates that the value "
+            "model "
+            "guides among. Guidance chooses among the base model's `top_k` likeliest tokens, so "
+            "that its reference policy is the base model with this `top_k`. If `0`, all tokens "
+            "are sampled from."
+        },
+    )
+    rollout_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the rollouts are stored as Parquet. An interrupted collection resumes "
+            "there. "
+            "If `None`, it defaults to `'rollouts'` in `output_dir`."
+        },
+    )
+    rollout_batch_size: int = field(
+        default=32,
+        metadata={
+            "help": "Number of prompts whose trees are sampled together and stored in one file."
+        },
+    )
+    generation_batch_size: int = field(
+        default=32,
+        metadata={
+            "help": "Number of responses that transformers continues at once. Only used when "
+            "`use_vllm` "
+            "is `False`."
+        },
+    )
+
+    # Parameters that control generation acceleration powered by vLLM
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to sample with vLLM, in this process, instead of `model.generate()`. "
+            "Requires `vllm` to be installed."
+        },
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3,
+        metadata={"help": "Control the GPU memory utilization for vLLM."},
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1,
+        metadata={"help": "Control the tensor parallel size for vLLM."},
+    )
+    vllm_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Further keyword arguments for `vllm.LLM`, for example `{"enforce_eager": '
+            "true}`."
+        },
+    )
+
+    # Parameters that control the training
+    leaf_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Fraction of the bottom layer of every tree to train on, which would outnumber "
+            "the "
+            "rest."
+        },
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Maximum number of tokens of a training sequence. A larger tree is cut into "
+            "several "
+            "sequences of whole responses, which repeat what these share."
+        },
+    )
+    sibling_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the squared error of the differences between the values of "
+            "siblings, "
+            "read at their first and at their last token."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        super().__post_init__()
+        for name in (
+            "max_completion_length",
+            "layers",
+            "root_children",
+            "children",
+            "rollout_batch_size",
+            "generation_batch_size",
+            "max_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name in ("top_k", "sibling_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}")
+        if not 0 <= self.leaf_fraction <= 1:
+            raise ValueError(f"`leaf_fraction` must be within 0 and 1, got {self.leaf_fraction}")

@@ -1,0 +1,615 @@
+"""The trainer of MAVIS value models: collects rollouts, then regresses values on them.
+
+Sampling and storage are in `rollouts`, the form of a training sequence in `packing`. Checkpoints,
+resuming, logging, distribution and the hub are those of [`~transformers.Trainer`].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trimtab.plugins.value_model import (
+    MAVISValueModel,
+    model_card,
+    provenance,
+    tokenizer_fingerprint,
+)
+
+from .mavis_config import MAVISConfig
+from .packing import DataCollatorForTrees, TreeDataset
+from .rewards import RewardFunc, load_reward_funcs, reward_statistics
+from .rollouts import (
+    Sampler,
+    TransformersSampler,
+    Tree,
+    TreeConfig,
+    VLLMSampler,
+    collect_rollouts,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+QUARTERS = 4  # of a response, for the metrics by depth
+
+
+class MAVISTrainer(Trainer):
+    """
+    Trainer for the value models of MAVIS (multi-objective alignment by value-guided decoding,
+    [arXiv 2508.13415](https://huggingface.co/papers/2508.13415)).
+
+    [`~MAVISTrainer.train`] samples a tree of responses to every prompt from the base model, rewards
+    the finished ones, and trains one model to predict, after every token of a response, the mean
+    standardised reward of each objective. Rollouts are stored as they come: call it again after an
+    interruption and it goes on where it was.
+
+    This class is a wrapper around the [`~transformers.Trainer`] class and inherits all of its
+    attributes and methods.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from trimtab.trainers import MAVISConfig, MAVISTrainer
+
+    >>> def brevity(completions, **kwargs):
+    ...     return [-float(len(completion)) for completion in completions]
+
+    >>> trainer = MAVISTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...     args=MAVISConfig(output_dir="value-model", max_completion_length=32, layers=2),
+    ...     reward_funcs={"brevity": brevity},
+    ...     train_dataset=Dataset.from_dict({"prompt": ["The sea", "A city", "My first job"]}),
+    ... )
+    >>> trainer.train()
+    >>> trainer.save_model()
+    ```
+
+    Args:
+        model (`str` or [`~trimtab.plugins.MAVISValueModel`]):
+            Model to be trained. Can be either:
+
+            - A string, being the id or path of the *base model* to guide. The value model's
+              backbone is cut from it,
+              `args.num_hidden_layers` deep.
+            - A value model, whose `base_model` is sampled from and whose objectives are those of
+              `reward_funcs`.
+        args ([`MAVISConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        reward_funcs (`dict[str, Callable | str | PreTrainedModel]`):
+            A reward function for each objective: a callable with the signature of GRPO's,
+            `f(prompts, completions, completion_ids, **columns) -> list[float]`, or the id of a
+            sequence classification model.
+        train_dataset ([`~datasets.Dataset`]):
+            Dataset of prompts, with a column `"prompt"` of strings (standard) or lists of messages
+            (conversational). Other columns are passed to the reward functions.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Dataset of prompts to evaluate on, with its own rollouts, sampled once.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The base model's tokenizer. If `None`, it is loaded with
+            [`~transformers.AutoTokenizer.from_pretrained`].
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            List of callbacks to customize the training loop.
+        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`,
+        *optional*, defaults to `(None, None)`):
+            A tuple containing the optimizer and the scheduler to use.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the backbone; the head is trained in full. Checkpoints
+            hold the adapter, [`~MAVISTrainer.save_model`] writes the merged model.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    args: Any
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: str | MAVISValueModel,
+        args: MAVISConfig | None = None,
+        reward_funcs: Mapping[str, RewardFunc | str | PreTrainedModel] | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[
+            torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None
+        ] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        base_model = model if isinstance(model, str) else getattr(model.config, "base_model", None)
+        if base_model is None:
+            raise ValueError(
+                "`model` is a value model that names no base model to sample from; make it with "
+                "MAVISValueModel.from_base_model, or pass the base model's id or path"
+            )
+        if args is None:
+            args = MAVISConfig(f"{base_model.split('/')[-1]}-MAVIS")
+        self.base_model = base_model
+        self.reward_funcs = load_reward_funcs(reward_funcs or {})
+        self.objectives = list(self.reward_funcs)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(base_model)
+        self.tree_config = TreeConfig(
+            max_completion_length=args.max_completion_length,
+            layers=args.layers,
+            root_children=args.root_children,
+            children=args.children,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            seed=args.seed,
+        )
+        self._sampler: Any = None
+        self._statistics: tuple[np.ndarray, np.ndarray] | None = None
+
+        set_seed(args.seed)
+        if isinstance(model, str):
+            init_kwargs: dict[str, Any] = {"dtype": "auto", **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
+            model = MAVISValueModel.from_base_model(
+                AutoModelForCausalLM.from_pretrained(model, **init_kwargs),
+                self.objectives,
+                num_hidden_layers=args.num_hidden_layers,
+                tokenizer=processing_class,
+            )
+        elif list(model.config.objectives or []) != self.objectives:
+            raise ValueError(
+                f"the value model has the objectives {model.config.objectives}, `reward_funcs` "
+                f"{self.objectives}; they must be the same in the same order"
+            )
+        if args.top_k:
+            model.config.top_k = args.top_k
+        vocabulary = tokenizer_fingerprint(processing_class)
+        if (model.config.tokenizer_fingerprint or vocabulary) != vocabulary:
+            raise ValueError(
+                "`processing_class` has another vocabulary than the tokenizer that the value model "
+                f"was made for; use the tokenizer of its base model {base_model!r}"
+            )
+        model.config.tokenizer_fingerprint = vocabulary
+        self.value_config = model.config
+        self.eos_token_ids = end_tokens(base_model, processing_class)
+        model.get_input_embeddings().requires_grad_(args.train_embeddings)
+        attention = model.backbone.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"the backbone uses attn_implementation={attention!r}, which takes no mask of a "
+                "tree; "
+                "set model_init_kwargs={'attn_implementation': 'sdpa'}"
+            )
+        if peft_config is not None:
+            model = wrap_backbone(model, peft_config)
+            model.get_input_embeddings().requires_grad_(args.train_embeddings)
+
+        self._prompt_ids = {}
+        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
+            if name == "train" or dataset is not None:
+                self._prompt_ids[name] = self._tokenize_prompts(
+                    name, dataset, processing_class, args
+                )
+        self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=DataCollatorForTrees(
+                # Any token will do, the mask hides it.
+                pad_token_id=min(self.eos_token_ids),
+                additive_mask=attention == "eager",
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "MAVISTrainer does not support `nn.DataParallel`, which `Trainer` uses when "
+                "several GPUs are visible "
+                "to a single process; use `accelerate launch`, or make one visible with "
+                "`CUDA_VISIBLE_DEVICES`"
+            )
+        # Evaluation computes the loss only if both are set.
+        self.can_return_loss = True
+        self.label_names = []
+        self._metrics = {
+            "train": ValueMetrics(self.objectives),
+            "eval": ValueMetrics(self.objectives),
+        }
+
+    def _tokenize_prompts(
+        self,
+        name: str,
+        dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        args: MAVISConfig,
+    ) -> list[list[int]]:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"`{name}_dataset` must be a `datasets.Dataset` of prompts, got "
+                f"{type(dataset).__name__}"
+            )
+        if "prompt" not in dataset.column_names:
+            raise ValueError(
+                f"`{name}_dataset` must have a column 'prompt', it has {dataset.column_names}"
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}_dataset` is empty")
+        context = getattr(self.value_config.backbone_config, "max_position_embeddings", None)
+        longest = args.max_prompt_length
+        if context is not None and (
+            longest is None or longest + args.max_completion_length > context
+        ):
+            longest = context - args.max_completion_length
+        prompt_ids = []
+        for row, prompt in enumerate(dataset["prompt"]):
+            if isinstance(prompt, str):
+                ids = processing_class(prompt)["input_ids"]
+            elif processing_class.chat_template is None:
+                raise ValueError(
+                    f"`{name}_dataset` has conversational prompts and the tokenizer of "
+                    f"{self.base_model!r} no chat template; set its `chat_template`, or give "
+                    "strings"
+                )
+            else:
+                ids = processing_class.apply_chat_template(
+                    prompt, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            if not ids or (longest is not None and len(ids) > longest):
+                raise ValueError(
+                    f"row {row} of `{name}_dataset` has a prompt of {len(ids)} tokens, 1 to "
+                    f"{longest} "
+                    f"are possible (max_prompt_length={args.max_prompt_length}, "
+                    f"max_completion_length={args.max_completion_length}, context of the model "
+                    f"{context}): {prompt!r}"
+                )
+            prompt_ids.append(ids)
+        return prompt_ids
+
+    def _make_sampler(self) -> Sampler:
+        if self._sampler is None:
+            args = self.args
+            if args.use_vllm:
+                longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
+                self._sampler = VLLMSampler(
+                    self.base_model,
+                    self.tree_config,
+                    self.eos_token_ids,
+                    max_model_len=longest + args.max_completion_length,
+                    gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                    tensor_parallel_size=args.vllm_tensor_parallel_size,
+                    init_kwargs=args.vllm_init_kwargs,
+                )
+            else:
+                self._sampler = TransformersSampler(
+                    self.base_model,
+                    self.tree_config,
+                    self.eos_token_ids,
+                    batch_size=args.generation_batch_size,
+                    model_init_kwargs=args.model_init_kwargs,
+                )
+        return self._sampler
+
+    def _collect(self, name: str) -> list[Tree]:
+        dataset = self._prompts[name]
+        folder = Path(self.args.rollout_dir or Path(self.args.output_dir) / "rollouts") / name
+        # One process samples; the others find every file written and read them.
+        with self.accelerator.main_process_first():
+            return collect_rollouts(
+                folder,
+                prompts=list(dataset["prompt"]),
+                columns={
+                    column: list(dataset[column])
+                    for column in dataset.column_names
+                    if column != "prompt"
+                },
+                tokenizer=self.processing_class,
+                prompt_ids=self._prompt_ids[name],
+                reward_funcs=self.reward_funcs,
+                config=self.tree_config,
+                eos_token_ids=self.eos_token_ids,
+                make_sampler=self._make_sampler,
+                identity={
+                    "base_model": self.base_model,
+                    "base_model_fingerprint": self.value_config.base_model_fingerprint,
+                    "tokenizer_fingerprint": self.value_config.tokenizer_fingerprint,
+                    "sampler": "vllm" if self.args.use_vllm else "transformers",
+                },
+                batch_size=self.args.rollout_batch_size,
+            )
+
+    def collect_rollouts(self) -> None:
+        """
+        Samples and rewards what is missing of the rollouts, and makes the training sequences of
+        them.
+
+        [`~MAVISTrainer.train`] and [`~MAVISTrainer.evaluate`] call it; a second call does nothing.
+        """
+        if self._statistics is not None:
+            return
+        try:
+            trees = {
+                name: self._collect(name)
+                for name, dataset in self._prompts.items()
+                if dataset is not None
+            }
+        finally:
+            if self._sampler is not None:
+                self._sampler.close()
+                self._sampler = None
+        mean, std = self._statistics = reward_statistics(trees["train"], self.objectives)
+        self.value_config.reward_mean = mean.tolist()
+        self.value_config.reward_std = std.tolist()
+        self.value_config.provenance = provenance(
+            rollouts={**vars(self.tree_config), "prompts": len(trees["train"])},
+            training={
+                name: getattr(self.args, name)
+                for name in (
+                    "learning_rate",
+                    "num_train_epochs",
+                    "per_device_train_batch_size",
+                    "leaf_fraction",
+                    "sibling_coef",
+                )
+            },
+        )
+        arguments = (self.objectives, mean, std, self.args.max_length)
+        self.train_dataset = TreeDataset(
+            trees["train"], *arguments, leaf_fraction=self.args.leaf_fraction, seed=self.args.seed
+        )
+        if "eval" in trees:
+            self.eval_dataset = TreeDataset(trees["eval"], *arguments)
+        self._check_tree_attention()
+
+    @torch.no_grad()
+    def _check_tree_attention(self) -> None:
+        """Compares a response's hidden states in its tree with those of the response alone.
+
+        A backbone that ignores the mask (a recurrent one, a sliding window) would train on
+        nonsense."""
+        sequence = min(self.train_dataset.sequences, key=lambda s: len(s["input_ids"]))
+        batch = self._prepare_inputs(self.data_collator([sequence]))
+        seen = batch["attention_mask"][0, 0, -1]  # the last token's branch
+        seen = seen == 0 if seen.is_floating_point() else seen
+        backbone = self.accelerator.unwrap_model(self.model).backbone
+        training = backbone.training
+        backbone.eval()
+        packed = backbone(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).last_hidden_state[0, -1]
+        alone = backbone(input_ids=batch["input_ids"][:, seen], use_cache=False).last_hidden_state[
+            0, -1
+        ]
+        backbone.train(training)
+        error = (packed - alone).norm() / alone.norm()
+        if not error < 0.05:
+            raise ValueError(
+                f"the backbone {self.value_config.backbone_config.model_type!r} does not follow "
+                "the "
+                f"mask of a tree (relative error {error:.2g}), so it cannot be trained on trees; "
+                "use a "
+                "backbone with full attention"
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Collects the rollouts and trains on them. Arguments are those of
+        [`~transformers.Trainer.train`]."""
+        self.collect_rollouts()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """
+        Evaluates on the rollouts of `eval_dataset`. Arguments are those of
+        [`~transformers.Trainer.evaluate`]."""
+        self.collect_rollouts()
+        return super().evaluate(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+        )
+        values, labels = outputs.values, inputs["labels"]
+        known = ~labels[..., 0].isnan()
+        value_loss = (values[known] - labels[known]).square().mean()
+        # Differences between siblings, at their first and at their last tokens:
+        # [2, n_pairs, n_objectives]
+        first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
+        flat = values.flatten(0, 1)
+        differences = torch.stack([flat[first_a] - flat[first_b], flat[last_a] - flat[last_b]])
+        loss = value_loss
+        if self.args.sibling_coef and len(first_a):
+            sibling_loss = (differences - inputs["sibling_labels"]).square().mean()
+            loss = loss + self.args.sibling_coef * sibling_loss
+        with torch.no_grad():
+            tokens = inputs["input_ids"].flatten()
+            self._metrics["train" if self.model.training else "eval"].add(
+                values[known],
+                labels[known],
+                # The first quarter holds depths 1 to a quarter of the longest response.
+                (inputs["depths"][known] - 1) * QUARTERS // self.args.max_completion_length,
+                differences,
+                inputs["sibling_labels"],
+                tokens[first_a] != tokens[first_b],
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self._metrics[mode].sums is not None:
+            metrics = self._metrics[mode].compute(self.accelerator)
+            logs.update({f"eval_{k}": v for k, v in metrics.items()} if mode == "eval" else metrics)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            super()._save(str(folder), state_dict=state_dict)
+            return
+        # What is handed on is a plain value model and its tokenizer, without pickled arguments.
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if is_peft_model(model):
+            model, state_dict = copy.deepcopy(model).merge_and_unload(), None
+        model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
+        if self.is_world_process_zero():
+            (Path(self.args.output_dir) / "README.md").write_text(model_card(self.value_config))
+
+
+class ValueMetrics:
+    """
+    Sums from which explained variance and ranking of siblings are computed, over any number of
+    batches.
+
+    Args:
+        objectives (`list[str]`):
+            Names of the values.
+    """
+
+    def __init__(self, objectives: list[str]) -> None:
+        self.objectives = objectives
+        self.sums: torch.Tensor | None = None
+
+    def add(
+        self,
+        values: torch.Tensor,
+        labels: torch.Tensor,
+        quarters: torch.Tensor,
+        differences: torch.Tensor,
+        sibling_labels: torch.Tensor,
+        distinct: torch.Tensor,
+    ) -> None:
+        """
+        Adds a batch.
+
+        Args:
+            values (`torch.Tensor`):
+                Predicted values, `[n, n_objectives]`.
+            labels (`torch.Tensor`):
+                Observed values, `[n, n_objectives]`.
+            quarters (`torch.Tensor`):
+                Quarter of the response that each is in, `[n]`; `-1` at the end of the prompt.
+            differences (`torch.Tensor`):
+                Predicted differences between siblings at their first and last tokens,
+                `[2, n_pairs, n_objectives]`.
+            sibling_labels (`torch.Tensor`):
+                Observed differences, `[n_pairs, n_objectives]`.
+            distinct (`torch.Tensor`):
+                Whether the siblings' first tokens differ, `[n_pairs]`; else these cannot be ranked.
+        """
+        values, labels, sibling_labels = values.double(), labels.double(), sibling_labels.double()
+        error = (values - labels).square()
+        rows = []
+        for quarter in range(QUARTERS):
+            inside = (quarters == quarter)[:, None]
+            for term in (torch.ones_like(labels), labels, labels.square(), error):
+                rows.append((term * inside).sum(0))
+        for i, counted in enumerate((distinct, torch.ones_like(distinct))):
+            decided = (sibling_labels != 0) & counted[:, None]
+            agreement = differences[i].double().sign() * sibling_labels.sign()
+            rows += [((agreement + 1) / 2 * decided).sum(0), decided.sum(0).double()]
+        rows += [
+            error.sum(0),
+            torch.full_like(error[0], len(error)) if len(error) else error.sum(0),
+        ]
+        sums = torch.stack(rows)  # [rows, n_objectives]
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def compute(self, accelerator: Any) -> dict[str, float]:
+        """Metrics of all that was added by all processes since the last call."""
+        sums = accelerator.reduce(self.sums, reduction="sum").cpu()
+        self.sums = None
+        moments = sums[: 4 * QUARTERS].view(QUARTERS, 4, -1)
+        ranks = sums[4 * QUARTERS : 4 * QUARTERS + 4].view(2, 2, -1)
+        metrics = {"value_loss": float(sums[-2].sum() / sums[-1].sum())}
+        for i, name in enumerate(self.objectives):
+            metrics[f"explained_variance/{name}"] = explained_variance(moments[..., i].sum(0))
+            for quarter in range(QUARTERS):
+                metrics[f"explained_variance/{name}/quarter_{quarter + 1}"] = explained_variance(
+                    moments[quarter, :, i]
+                )
+            for place, (right, count) in zip(("first_token", "last_token"), ranks[..., i].tolist()):
+                metrics[f"sibling_accuracy/{name}/{place}"] = (
+                    right / count if count else float("nan")
+                )
+        return {key: value for key, value in metrics.items() if value == value}
+
+
+def explained_variance(moments: torch.Tensor) -> float:
+    """`1 - squared error / variance` from the count, sum, sum of squares and squared error."""
+    count, total, squares, error = moments.tolist()
+    variance = squares - total**2 / count if count else 0.0
+    return 1.0 - error / variance if variance > 0 else float("nan")
+
+
+def end_tokens(base_model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a response: the generation config's, and the tokenizer's."""
+    try:
+        configured = GenerationConfig.from_pretrained(base_model).eos_token_id
+    except OSError:  # it has none
+        configured = None
+    ends = set(configured if isinstance(configured, list) else [configured])
+    ends = (ends | {tokenizer.eos_token_id}) - {None}
+    if not ends:
+        raise ValueError(
+            f"neither the tokenizer nor the generation config of {base_model!r} names an "
+            "end-of-sequence token; set the tokenizer's `eos_token`"
+        )
+    return ends
+
+
+def wrap_backbone(model: MAVISValueModel, peft_config: PeftConfig) -> Any:
+    """A PEFT model with the adapter in the backbone and the head trained in full."""
+    try:
+        from peft import get_peft_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "`peft_config` needs peft; pip install 'trimtab[trl]'", name="peft"
+        ) from error
+    config: Any = copy.deepcopy(peft_config)
+    config.modules_to_save = sorted({*(config.modules_to_save or []), "head"})
+    if getattr(config, "target_modules", None) is None:
+        # PEFT knows no default for this model type.
+        config.target_modules = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.backbone.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            }
+        )
+    return get_peft_model(model, config)
