@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from trimtab.trainers import MAVISConfig, MAVISTrainer
 from trl import ModelConfig, TrlParser, get_peft_config
+
+from trimtab.trainers import MAVISConfig, MAVISTrainer
 
 
 @dataclass
@@ -26,8 +27,8 @@ class MAVISScriptArguments:
 
     Args:
         dataset_name (`str`):
-            Name of a dataset on the Hub, or path of a JSON file with a prompt in each line. A file may
-            have a column `"split"`.
+            Name of a dataset on the Hub, or path of a JSON file with a prompt in each line. A file
+            may have a column `"split"`.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
@@ -38,8 +39,8 @@ class MAVISScriptArguments:
 
     dataset_name: str = field(
         metadata={
-            "help": "Name of a dataset on the Hub, or path of a JSON file with a prompt in each line. "
-            "A file may have a column 'split'."
+            "help": "Name of a dataset on the Hub, or path of a JSON file with a prompt in each "
+            "line. A file may have a column 'split'."
         }
     )
     reward_funcs: list[str] = field(

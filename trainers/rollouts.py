@@ -535,7 +535,7 @@ def collect_rollouts(
         eos_token_ids (`set[int]`):
             Tokens that end a response.
         make_sampler (`Callable[[], Sampler]`):
-            Called when something is left to sample.
+            Called when something is left to sample. The caller closes what it returns.
         identity (`dict[str, Any]`):
             Names the base model and the tokenizer.
         batch_size (`int`, *optional*, defaults to `32`):
@@ -590,8 +590,6 @@ def collect_rollouts(
             progress.update(len(rows))
     finally:
         progress.close()
-        if sampler is not None:
-            sampler.close()
     return collected
 
 

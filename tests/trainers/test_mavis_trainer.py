@@ -1,0 +1,424 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+
+from trimtab.plugins.value_model import MAVISValueModel, tokenizer_fingerprint
+from trimtab.trainers import MAVISConfig, MAVISTrainer, read_rollouts
+from trimtab.trainers.mavis_trainer import ValueMetrics
+
+from .conftest import VOCABULARY, make_model, make_tokenizer
+
+
+def goodness(completions, **kwargs):
+    """More "good" than "bad"."""
+    return [float(text.count("good") - text.count("bad")) for text in map(text_of, completions)]
+
+
+def redness(completions, **kwargs):
+    return [float("red" in text_of(text)) for text in completions]
+
+
+def text_of(completion):
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+REWARDS = {"goodness": goodness, "redness": redness}
+
+
+def prompts(count, offset=0):
+    letters = "abcdefghij"
+    return Dataset.from_dict(
+        {"prompt": [f"{letters[(offset + i) % 10]} {letters[i // 10 % 10]}" for i in range(count)]}
+    )
+
+
+def config(folder, **fields):
+    return MAVISConfig(
+        str(folder),
+        **{
+            "num_hidden_layers": 2,
+            "max_completion_length": 12,
+            "layers": 3,
+            "top_k": 0,
+            "generation_batch_size": 256,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "learning_rate": 3e-3,
+            **fields,
+        },
+    )
+
+
+def trainer(base_model, folder, rewards=None, data=None, **fields):
+    arguments = {
+        k: fields.pop(k) for k in ("peft_config", "eval_dataset", "callbacks") if k in fields
+    }
+    return MAVISTrainer(
+        base_model,
+        config(folder, **fields),
+        REWARDS if rewards is None else rewards,
+        prompts(8) if data is None else data,
+        **arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(base_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    data = prompts(60)
+    made = trainer(
+        base_model, folder, data=data, eval_dataset=prompts(16, 5), num_train_epochs=8,
+        leaf_fraction=1.0, logging_steps=5,
+    )  # fmt: skip
+    made.train()
+    metrics = made.evaluate()
+    made.save_model()
+    return made, metrics, folder
+
+
+def test_training_learns_values_and_ranks_siblings(trained):
+    made, metrics, _ = trained
+    losses = [log["value_loss"] for log in made.state.log_history if "value_loss" in log]
+    assert losses[-1] < 0.8 * losses[0]
+    for name in REWARDS:
+        # The tokens so far decide the reward; chance is 0 and 0.5.
+        assert metrics[f"eval_explained_variance/{name}"] > 0.3
+        assert metrics[f"eval_sibling_accuracy/{name}/last_token"] > 0.6
+        assert metrics[f"eval_sibling_accuracy/{name}/first_token"] > 0.53
+        late = metrics[f"eval_explained_variance/{name}/quarter_4"]
+        assert late > metrics[f"eval_explained_variance/{name}/quarter_1"]
+
+
+def test_value_of_good_is_above_that_of_bad(trained):
+    made, _, _ = trained
+    ids = [VOCABULARY.index(word) for word in ("good", "bad", "red", "blue")]
+    prefix = [VOCABULARY.index("a"), VOCABULARY.index("b")]
+    with torch.inference_mode():
+        values = made.model.eval()(torch.tensor([[*prefix, i] for i in ids])).values[:, -1]
+    assert values[0, 0] > values[1, 0] + 0.1
+    assert values[2, 1] > values[3, 1] + 0.1
+
+
+def test_saved_model_is_a_value_model_with_its_statistics(trained, base_model):
+    made, _, folder = trained
+    model = MAVISValueModel.load(str(folder))
+    torch.testing.assert_close(model.state_dict(), made.model.state_dict())
+    assert model.config.objectives == ["goodness", "redness"]
+    assert model.config.base_model == base_model
+    assert model.config.tokenizer_fingerprint == tokenizer_fingerprint(make_tokenizer())
+    trees = read_rollouts(folder / "rollouts" / "train")
+    for i, name in enumerate(REWARDS):
+        mean = np.mean([tree.values(name)[0] for tree in trees])
+        assert model.config.reward_mean[i] == pytest.approx(mean)
+        assert model.config.reward_std[i] > 0
+    assert model.config.provenance["rollouts"]["layers"] == 3
+    assert "trimtab" in model.config.provenance["packages"]
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == make_tokenizer().get_vocab()
+    assert not [p for p in os.listdir(folder) if p.endswith((".bin", ".pt", ".pkl"))]
+    assert "goodness" in (folder / "README.md").read_text()
+
+
+def test_loss_is_that_of_every_labelled_token(base_model, tmp_path):
+    made = trainer(base_model, tmp_path, sibling_coef=0.5)
+    made.collect_rollouts()
+    torch.nn.init.normal_(made.model.head.weight)
+    made.model.eval()
+    sequences = [made.train_dataset[i] for i in range(3)]
+    with torch.inference_mode():
+        loss = made.compute_loss(made.model, made.data_collator(sequences))
+        errors, differences = [], []
+        for sequence in sequences:
+            batch = made.data_collator([sequence])
+            values = made.model(
+                batch["input_ids"], batch["attention_mask"], batch["position_ids"]
+            ).values[0]
+            for value, label in zip(values.tolist(), sequence["labels"].tolist()):
+                errors += [(v - y) ** 2 for v, y in zip(value, label) if y == y]
+            for (a, b, c, d), label in zip(sequence["siblings"], sequence["sibling_labels"]):
+                for x, y in ((a, b), (c, d)):
+                    differences += ((values[x] - values[y]).numpy() - label).tolist()
+    expected = np.mean(errors) + 0.5 * np.mean(np.square(differences))
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_metrics_are_those_of_plain_numpy():
+    rng = np.random.default_rng(0)
+    labels = rng.normal(size=(50, 1))
+    values = labels * 0.5 + rng.normal(size=(50, 1)) * 0.3
+    quarters = rng.integers(-1, 4, size=50)
+    differences, sibling_labels = rng.normal(size=(2, 20, 1)), rng.normal(size=(20, 1))
+    sibling_labels[:3] = 0
+    distinct = np.arange(20) % 4 != 0
+    metrics = ValueMetrics(["r"])
+
+    class OneProcess:
+        @staticmethod
+        def reduce(tensor, reduction):
+            return tensor
+
+    for rows, pairs in ((slice(0, 30), slice(0, 5)), (slice(30, 50), slice(5, 20))):
+        metrics.add(
+            torch.tensor(values[rows]),
+            torch.tensor(labels[rows]),
+            torch.tensor(quarters[rows]),
+            torch.tensor(differences[:, pairs]),
+            torch.tensor(sibling_labels[pairs]),
+            torch.tensor(distinct[pairs]),
+        )
+    got = metrics.compute(OneProcess)
+    inside = quarters >= 0
+    for key, rows in {"": inside, **{f"/quarter_{q + 1}": quarters == q for q in range(4)}}.items():
+        residual = np.mean((values[rows] - labels[rows]) ** 2)
+        assert got[f"explained_variance/r{key}"] == pytest.approx(1 - residual / labels[rows].var())
+    assert got["value_loss"] == pytest.approx(np.mean((values - labels) ** 2))
+    agree = np.sign(differences[..., 0]) == np.sign(sibling_labels[:, 0])
+    decided = sibling_labels[:, 0] != 0
+    assert got["sibling_accuracy/r/last_token"] == pytest.approx(agree[1, decided].mean())
+    assert got["sibling_accuracy/r/first_token"] == pytest.approx(
+        agree[0, decided & distinct].mean()
+    )
+    assert metrics.sums is None
+
+
+def test_interrupted_training_resumes_from_its_checkpoint(base_model, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    fields = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+    trainer(base_model, tmp_path / "a", callbacks=[Stop()], **fields).train()
+    resumed = trainer(base_model, tmp_path / "a", **fields)
+    resumed.train(resume_from_checkpoint=True)
+    whole = trainer(base_model, tmp_path / "b", **fields)
+    whole.train()
+    assert resumed.state.global_step == whole.state.global_step == 6
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict())
+    MAVISValueModel.load(str(tmp_path / "a" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]])
+def test_lora_trains_adapter_and_head_and_saves_them_merged(base_model, tmp_path, targets):
+    lora = LoraConfig(r=4, target_modules=targets)
+    fields = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
+    made = trainer(base_model, tmp_path, peft_config=lora, **fields)
+    before = {k: v.clone() for k, v in made.model.state_dict().items()}
+    made.train()
+    made.save_model()
+    changed = {k for k, v in made.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert all("lora_" in k or "head.modules_to_save" in k for k in changed)
+    assert any("lora_B" in k for k in changed) and any(
+        k.endswith("weight") and "head" in k for k in changed
+    )
+    model = MAVISValueModel.load(str(tmp_path)).eval()
+    ids = torch.tensor([[4, 8, 9, 10]])
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model(ids).values, made.model.eval()(input_ids=ids).values, atol=1e-5, rtol=1e-4
+        )
+    assert model.config.reward_std == made.value_config.reward_std
+    resumed = trainer(base_model, tmp_path, peft_config=lora, **fields)
+    resumed.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(resumed.model.state_dict(), made.model.state_dict())
+
+
+@pytest.mark.parametrize("train_embeddings", [False, True])
+def test_embedding_is_trained_only_when_asked(base_model, tmp_path, train_embeddings):
+    made = trainer(base_model, tmp_path, train_embeddings=train_embeddings, num_train_epochs=1)
+    before = made.model.get_input_embeddings().weight.clone()
+    made.train()
+    after = made.model.get_input_embeddings().weight
+    assert torch.equal(before, after) is not train_embeddings
+
+
+def test_value_model_can_be_given(base_model, tmp_path):
+    model = MAVISValueModel.from_base_model(
+        base_model, ["goodness"], num_hidden_layers=1, tokenizer=make_tokenizer()
+    )
+    made = trainer(model, tmp_path, {"goodness": goodness}, num_train_epochs=1, top_k=7)
+    made.train()
+    assert made.model is model and model.config.top_k == 7
+    with pytest.raises(ValueError, match=r"objectives \['goodness'\]"):
+        trainer(model, tmp_path)
+
+
+def test_value_model_without_base_model_is_refused(tmp_path):
+    model = MAVISValueModel.from_base_model(make_model(), ["goodness"], num_hidden_layers=1)
+    model.config.base_model = None
+    with pytest.raises(ValueError, match="names no base model"):
+        trainer(model, tmp_path, {"goodness": goodness})
+
+
+def test_conversational_prompts_and_columns_reach_the_rewards(base_model, tmp_path):
+    seen = []
+
+    def spy(prompts, completions, source, **kwargs):
+        seen.extend(zip(prompts, completions, source))
+        return goodness(completions)
+
+    data = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": w}], "source": w} for w in "abc"]
+    )
+    made = trainer(base_model, tmp_path, {"goodness": spy}, data)
+    made.collect_rollouts()
+    for prompt, completion, source in seen:
+        assert prompt == [{"role": "user", "content": source}]
+        assert completion[0]["role"] == "assistant" and "<end>" not in completion[0]["content"]
+    tree = read_rollouts(tmp_path / "rollouts" / "train")[0]
+    assert tree.nodes[0].tokens == make_tokenizer()("<user> a <assistant>")["input_ids"]
+
+
+def test_failing_reward_function_leaves_rollouts_to_resume_from(base_model, tmp_path):
+    def flaky(completions, **kwargs):
+        if flaky.broken:
+            raise ConnectionError("no judge")
+        return goodness(completions)
+
+    flaky.broken = True
+    with pytest.raises(RuntimeError, match="'flaky' raised ConnectionError: no judge"):
+        trainer(base_model, tmp_path, {"flaky": flaky}).train()
+    kept = read_rollouts(tmp_path / "rollouts" / "train")
+    assert len(kept) == 8
+    flaky.broken = False
+    made = trainer(base_model, tmp_path, {"flaky": flaky}, num_train_epochs=1)
+    made._make_sampler = None  # nothing is left to sample
+    made.train()
+    assert [t.nodes for t in read_rollouts(tmp_path / "rollouts" / "train")] == [
+        t.nodes for t in kept
+    ]
+
+
+def test_same_seed_same_model(base_model, tmp_path):
+    states = []
+    for name in ("a", "b"):
+        made = trainer(base_model, tmp_path / name, num_train_epochs=1)
+        made.train()
+        states.append(made.model.state_dict())
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+class TestBadInput:
+    def test_dataset(self, base_model, tmp_path):
+        with pytest.raises(ValueError, match="`train_dataset` is empty"):
+            trainer(base_model, tmp_path, data=Dataset.from_dict({"prompt": []}))
+        with pytest.raises(ValueError, match=r"column 'prompt', it has \['text'\]"):
+            trainer(base_model, tmp_path, data=Dataset.from_dict({"text": ["a"]}))
+        with pytest.raises(TypeError, match=r"`train_dataset` must be a `datasets\.Dataset`"):
+            trainer(base_model, tmp_path, data=["a"])
+        with pytest.raises(ValueError, match="`eval_dataset` is empty"):
+            trainer(base_model, tmp_path, eval_dataset=Dataset.from_dict({"prompt": []}))
+
+    def test_prompt_beyond_the_context(self, base_model, tmp_path):
+        long = Dataset.from_dict({"prompt": ["a b", "c " * 117 + "d"]})
+        with pytest.raises(ValueError, match=r"row 1 .* 118 tokens, 1 to 116 .*'c c"):
+            trainer(base_model, tmp_path, data=long)
+        with pytest.raises(ValueError, match=r"row 0 .* 2 tokens, 1 to 1 .*max_prompt_length=1"):
+            trainer(base_model, tmp_path, data=long, max_prompt_length=1)
+
+    def test_conversation_without_a_chat_template(self, base_model, tmp_path):
+        data = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}])
+        with pytest.raises(ValueError, match="no chat template"):
+            MAVISTrainer(
+                base_model, config(tmp_path), REWARDS, data,
+                processing_class=make_tokenizer(chat_template=False),
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("rewards", [{}, [goodness]])
+    def test_reward_funcs(self, base_model, tmp_path, rewards):
+        with pytest.raises(ValueError, match="`reward_funcs` must be a non-empty dict"):
+            trainer(base_model, tmp_path, rewards)
+
+    def test_other_tokenizer(self, base_model, tmp_path):
+        model = MAVISValueModel.from_base_model(
+            base_model, list(REWARDS), num_hidden_layers=1, tokenizer=make_tokenizer()
+        )
+        other = make_tokenizer()
+        other.add_tokens(["new"])
+        with pytest.raises(ValueError, match="another vocabulary"):
+            MAVISTrainer(model, config(tmp_path), REWARDS, prompts(2), processing_class=other)
+
+    def test_backbone_that_ignores_the_mask(self, base_model, tmp_path, monkeypatch):
+        made = trainer(base_model, tmp_path)
+        backbone = made.model.backbone
+        forward = backbone.forward
+        monkeypatch.setattr(
+            backbone, "forward", lambda **kwargs: forward(**{**kwargs, "attention_mask": None})
+        )
+        with pytest.raises(ValueError, match="'llama' does not follow the mask of a tree"):
+            made.train()
+
+    @pytest.mark.parametrize(
+        "field", [{"layers": 0}, {"top_k": -1}, {"temperature": 0.0}, {"leaf_fraction": 1.5}]
+    )
+    def test_config(self, tmp_path, field):
+        with pytest.raises(ValueError, match=f"`{next(iter(field))}`"):
+            config(tmp_path, **field)
+
+
+def test_constant_reward_trains_with_a_warning(base_model, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("trimtab.trainers.rewards.logger.warning", warnings.append)
+
+    def constant(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    made = trainer(base_model, tmp_path, {"dull": constant}, num_train_epochs=1)
+    made.train()
+    assert "'dull'" in warnings[0]
+    assert made.value_config.reward_mean == [1.0] and made.value_config.reward_std == [1.0]
+
+
+def test_missing_vllm_names_the_extra(base_model, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ModuleNotFoundError, match=r"trimtab\[vllm\]"):
+        trainer(base_model, tmp_path, use_vllm=True).train()
+
+
+def test_model_card_is_the_value_models_own(trained):
+    made, _, folder = trained
+    (folder / "README.md").unlink()
+    made.create_model_card(model_name="anything")
+    assert "MAVIS value model" in (folder / "README.md").read_text()
+
+
+def test_config_parses_from_yaml(tmp_path):
+    from trl import TrlParser
+
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "output_dir: out\nlayers: 3\nuse_cpu: true\nvllm_init_kwargs:\n  enforce_eager: true\n"
+    )
+    (parsed,) = TrlParser((MAVISConfig,)).parse_args_and_config(
+        ["--config", str(path), "--top_k", "7"]
+    )
+    assert (parsed.layers, parsed.top_k) == (3, 7)
+    kwargs = parsed.vllm_init_kwargs
+    assert (json.loads(kwargs) if isinstance(kwargs, str) else kwargs) == {"enforce_eager": True}
+
+
+def test_every_field_is_documented_and_has_the_same_help():
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    documentation = " ".join(MAVISConfig.__doc__.split())
+    own = [f for f in dataclasses.fields(MAVISConfig) if f.name not in inherited]
+    assert len(own) > 15
+    for field in own:
+        assert f" {field.name} (`" in documentation
+        text = field.metadata["help"].replace("'rollouts'", '`"rollouts"`')
+        first = text.split(".")[0].replace("`", "")
+        assert first in documentation.replace("[", "").replace("]", "").replace(
+            "~transformers.", ""
+        ).replace("`", "")

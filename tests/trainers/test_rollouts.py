@@ -1,0 +1,380 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trimtab.trainers.rollouts import (
+    Node,
+    TransformersSampler,
+    Tree,
+    TreeConfig,
+    collect_rollouts,
+    cut_at_end,
+    grow_trees,
+    read_rollouts,
+)
+
+from .conftest import END, make_model
+
+TESTS = Path(__file__).parents[1]  # where subprocesses find this module
+PROMPTS = [f"a {word}" for word in "abcdefg"]
+
+
+class CoinSampler:
+    """Tokens 4 and up, each ending with probability `end`; depends on the seeds only."""
+
+    def __init__(self, end=0.1):
+        self.end = end
+        self.calls = []
+
+    def __call__(self, prefixes, lengths, seeds):
+        self.calls.append(len(prefixes))
+        pieces = []
+        for length, seed in zip(lengths, seeds):
+            rng = np.random.default_rng(seed)
+            piece = rng.integers(4, 18, size=length).tolist()
+            ends = np.flatnonzero(rng.random(length) < self.end)
+            pieces.append(piece[: ends[0]] + [END] if len(ends) else piece)
+        return pieces
+
+
+def grow(config, end=0.1, count=20):
+    prompts = [(i, [2, 4 + i % 10, 3]) for i in range(count)]
+    return grow_trees(CoinSampler(end), prompts, config, {END})
+
+
+def reward(tokens):
+    return float(sum(tokens))
+
+
+def add_rewards(tree):
+    tree.rewards["sum"] = np.full(len(tree.nodes), np.nan)
+    for leaf in tree.leaves():
+        tree.rewards["sum"][leaf] = reward(tree.response(leaf))
+
+
+@pytest.mark.parametrize("end", [0.0, 0.1, 0.5])
+def test_trees_have_the_configured_shape(end):
+    config = TreeConfig(max_completion_length=24, layers=4, root_children=3, children=2)
+    depths = set()
+    for tree in grow(config, end):
+        children = {i: [] for i in range(len(tree.nodes))}
+        for i, node in enumerate(tree.nodes[1:], start=1):
+            assert node.parent < i and node.layer == tree.nodes[node.parent].layer + 1
+            assert node.tokens
+            children[node.parent].append(i)
+        assert len(children[0]) == 3
+        for i, node in enumerate(tree.nodes):
+            response = tree.response(i)
+            assert END not in response[:-1], "nothing follows the end"
+            assert node.leaf is (not children[i])
+            if node.leaf:
+                assert response[-1] == END or len(response) == 24
+            elif i:
+                assert len(children[i]) == 2
+                depths.add(len(response))
+            if node.layer == 1 and len(response) > 1:
+                assert not node.leaf, "the root's children are never leaves"
+    if end == 0.1:
+        assert len(depths & set(range(1, 24))) > 15, "values are learnt at every depth"
+
+
+def test_one_layer_is_plain_sampling():
+    for tree in grow(TreeConfig(max_completion_length=8, layers=1, root_children=5)):
+        assert len(tree.nodes) == 6 and all(node.leaf for node in tree.nodes[1:])
+
+
+def test_node_values_are_those_of_brute_force():
+    for tree in grow(TreeConfig(max_completion_length=16, layers=3), end=0.15):
+        add_rewards(tree)
+        values, shares = tree.values("sum"), tree.shares()
+        for i in range(len(tree.nodes)):
+            # The expected reward of walking down at random, child by child, by weight.
+            def expected(node):
+                if tree.nodes[node].leaf:
+                    return reward(tree.response(node))
+                below = [j for j, n in enumerate(tree.nodes) if n.parent == node]
+                weights = [tree.nodes[j].weight for j in below]
+                return sum(w * expected(j) for w, j in zip(weights, below)) / sum(weights)
+
+            assert values[i] == pytest.approx(expected(i))
+        leaves = tree.leaves()
+        assert shares[leaves].sum() == pytest.approx(1)
+        assert values[0] == pytest.approx(sum(shares[i] * tree.rewards["sum"][i] for i in leaves))
+
+
+def test_root_value_is_unbiased_though_early_ends_are_split():
+    """The mean length of a response that ends with probability p at each of at most n tokens."""
+    p, n = 0.2, 8
+    config = TreeConfig(max_completion_length=n, layers=2, root_children=4, children=2)
+    trees = grow(config, end=p, count=4000)
+    roots = []
+    for tree in trees:
+        tree.rewards["length"] = np.array([len(tree.response(i)) for i in range(len(tree.nodes))])
+        roots.append(tree.values("length")[0])
+    expected = sum((1 - p) ** t for t in range(n))
+    error = np.std(roots) / np.sqrt(len(roots))
+    assert np.mean(roots) == pytest.approx(expected, abs=4 * error)
+    # Had the second samples counted, the bias would show.
+    naive = np.mean([np.mean([len(t.response(i)) for i in t.leaves()]) for t in trees])
+    assert abs(naive - expected) > 8 * error
+
+
+def test_tree_does_not_depend_on_its_batch():
+    config = TreeConfig(max_completion_length=16, layers=3)
+    together = grow(config, count=4)
+    alone = grow_trees(CoinSampler(), [(2, [2, 6, 3])], config, {END})[0]
+    assert alone.nodes == together[2].nodes
+
+
+def test_seed_changes_the_trees():
+    first, second = (grow(TreeConfig(16, 3, seed=seed), count=2) for seed in (1, 2))
+    assert first[0].nodes != second[0].nodes
+
+
+def test_each_layer_is_one_call():
+    sampler = CoinSampler(0.0)
+    prompts = [(i, [2, 4, 3]) for i in range(3)]
+    grow_trees(sampler, prompts, TreeConfig(32, 3, root_children=4, children=2), {END})
+    assert sampler.calls == [12, 24, 48]
+
+
+def test_end_token_survives_padding_that_looks_like_it():
+    assert cut_at_end([5, 6, END, END, END], 5, {END}) == [5, 6, END]
+    assert cut_at_end([5, 6, 7, END], 3, {END}) == [5, 6, 7]
+    assert cut_at_end([END, END], 2, {END}) == [END]
+
+
+def collect(folder, tokenizer, sampler, funcs=None, config=None, prompts=PROMPTS, **kwargs):
+    return collect_rollouts(
+        folder,
+        prompts=prompts,
+        columns={"number": list(range(len(prompts)))},
+        tokenizer=tokenizer,
+        prompt_ids=[tokenizer(prompt)["input_ids"] for prompt in prompts],
+        reward_funcs=funcs or {"length": length},
+        config=config or TreeConfig(max_completion_length=12, layers=2),
+        eos_token_ids={END},
+        make_sampler=lambda: sampler,
+        identity={"base_model": "tiny"},
+        batch_size=2,
+        **kwargs,
+    )
+
+
+def length(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def number(number, **kwargs):
+    return [float(n) for n in number]
+
+
+def same(trees, others):
+    assert len(trees) == len(others)
+    for tree, other in zip(trees, others):
+        assert tree.prompt_index == other.prompt_index and tree.nodes == other.nodes
+        assert tree.rewards.keys() == other.rewards.keys()
+        for name in tree.rewards:
+            np.testing.assert_array_equal(tree.rewards[name], other.rewards[name])
+
+
+def test_rollouts_are_read_back_as_they_were_collected(tmp_path, tokenizer):
+    trees = collect(tmp_path, tokenizer, CoinSampler(), {"length": length, "number": number})
+    assert [tree.prompt_index for tree in trees] == list(range(len(PROMPTS)))
+    assert trees[3].rewards["number"][trees[3].leaves()].tolist() == [3.0] * len(trees[3].leaves())
+    same(read_rollouts(tmp_path), trees)
+    idle = CoinSampler()
+    same(collect(tmp_path, tokenizer, idle, {"length": length, "number": number}), trees)
+    assert idle.calls == []
+
+
+def test_failing_reward_keeps_the_rollouts(tmp_path, tokenizer):
+    def broken(prompts, **kwargs):
+        if PROMPTS[4] in prompts:
+            raise RuntimeError("down")
+        return [0.0] * len(prompts)
+
+    sampler = CoinSampler()
+    with pytest.raises(RuntimeError, match=r"'length' raised RuntimeError: down.*'a e'"):
+        collect(tmp_path, tokenizer, sampler, {"length": broken})
+    kept = read_rollouts(tmp_path)
+    assert [tree.prompt_index for tree in kept] == [0, 1, 2, 3, 4, 5]
+    assert "length" not in kept[4].rewards
+
+    again = CoinSampler()
+    broken_no_more = length
+    broken_no_more.__qualname__, before = broken.__qualname__, length.__qualname__
+    try:
+        trees = collect(tmp_path, tokenizer, again, {"length": broken_no_more})
+    finally:
+        length.__qualname__ = before
+    assert again.calls[0] == 4, "only the last batch, of one prompt, was sampled"
+    assert [tree.nodes for tree in trees[:6]] == [tree.nodes for tree in kept]
+
+
+def test_new_objective_is_computed_on_stored_rollouts(tmp_path, tokenizer):
+    first = collect(tmp_path, tokenizer, CoinSampler())
+    idle = CoinSampler()
+    trees = collect(tmp_path, tokenizer, idle, {"length": length, "number": number})
+    assert idle.calls == [] and trees[5].nodes == first[5].nodes
+    assert np.nanmax(trees[5].rewards["number"]) == 5.0
+
+
+def test_rewards_of_another_function_are_not_reused(tmp_path, tokenizer):
+    collect(tmp_path, tokenizer, CoinSampler())
+    with pytest.raises(ValueError, match="'length' of 'length', not of 'number'"):
+        collect(tmp_path, tokenizer, CoinSampler(), {"length": number})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"config": TreeConfig(max_completion_length=13, layers=2)},
+            "max_completion_length was 12",
+        ),
+        (
+            {"config": TreeConfig(max_completion_length=12, layers=2, seed=1)},
+            "seed was 42 and is 1",
+        ),
+        ({"prompts": ["a z", *PROMPTS[1:]]}, "prompts was"),
+    ],
+)
+def test_folder_of_other_settings_is_refused(tmp_path, tokenizer, change, named):
+    collect(tmp_path, tokenizer, CoinSampler())
+    with pytest.raises(ValueError, match=f"made with other settings: .*{named}"):
+        collect(tmp_path, tokenizer, CoinSampler(), **change)
+
+
+def test_rollouts_without_their_settings_are_refused(tmp_path, tokenizer):
+    collect(tmp_path, tokenizer, CoinSampler())
+    (tmp_path / "rollouts.json").unlink()
+    with pytest.raises(ValueError, match=r"without their rollouts\.json"):
+        collect(tmp_path, tokenizer, CoinSampler())
+
+
+def test_killed_collection_resumes_without_duplicate_or_loss(tmp_path, tokenizer):
+    script = textwrap.dedent(
+        f"""
+        import time
+        from trainers.conftest import make_tokenizer
+        from trainers.test_rollouts import CoinSampler, collect
+        class Slow(CoinSampler):
+            def __call__(self, *args):
+                time.sleep(0.3)
+                return super().__call__(*args)
+        collect({str(tmp_path / "killed")!r}, make_tokenizer(), Slow())
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=TESTS, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "trees-00001.parquet").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = read_rollouts(tmp_path / "killed")
+    assert 4 <= len(left) < len(PROMPTS)
+    sampler = CoinSampler()
+    resumed = collect(tmp_path / "killed", tokenizer, sampler)
+    assert sum(sampler.calls[::2]) == 4 * (len(PROMPTS) - len(left)), "only the rest is sampled"
+    same(resumed, collect(tmp_path / "whole", tokenizer, CoinSampler()))
+    same(read_rollouts(tmp_path / "killed"), resumed)
+
+
+def check_continuations(sampler, config):
+    """Pieces end at an end token or at their length, and repeat with their seeds."""
+    rng = np.random.default_rng(0)
+    prefixes = [rng.integers(1, 18, size=n).tolist() for n in (1, 3, 9, 4, 7, 2)]
+    lengths = [4, 1, 12, 30, 30, 30]
+    pieces = sampler(prefixes, lengths, [1, 2, 3, 4, 5, 6])
+    for piece, limit in zip(pieces, lengths):
+        assert 1 <= len(piece) <= limit
+        assert END not in piece[:-1] and (len(piece) == limit or piece[-1] == END)
+    assert any(piece[-1] == END for piece in pieces), "the end is kept"
+    assert sampler(prefixes, lengths, [1, 2, 3, 4, 5, 6]) == pieces
+    assert sampler(prefixes, lengths, [7, 8, 9, 10, 11, 12]) != pieces
+
+
+def check_frequencies(sampler, model, top_k):
+    """First tokens follow the model's own distribution over its `top_k` likeliest."""
+    import torch
+    from scipy.stats import chisquare
+
+    prefix = [2, 5, 8, 3]
+    count = 2000
+    pieces = sampler([prefix] * count, [1] * count, list(range(count)))
+    with torch.inference_mode():
+        logits = model(torch.tensor([prefix])).logits[0, -1].float()
+    probabilities = torch.zeros_like(logits)
+    likeliest = logits.topk(top_k or len(logits)).indices
+    probabilities[likeliest] = logits[likeliest].softmax(-1)
+    observed = np.bincount([piece[0] for piece in pieces], minlength=len(logits))
+    possible = probabilities.numpy() > 0
+    assert observed[~possible].sum() == 0
+    expected = probabilities.double().numpy()[possible]
+    assert chisquare(observed[possible], count * expected / expected.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_transformers_samples_the_base_model(top_k):
+    model = make_model()
+    config = TreeConfig(top_k=top_k)
+    sampler = TransformersSampler(model, config, {END}, batch_size=4)
+    check_continuations(sampler, config)
+    wide = TransformersSampler(model, config, {END}, batch_size=500)
+    check_frequencies(wide, model, top_k)
+
+
+def test_transformers_sampler_leaves_the_random_state_alone():
+    import torch
+
+    sampler = TransformersSampler(make_model(), TreeConfig(), {END})
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    sampler([[4, 5]], [5], [1])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_vllm_samples_the_base_model(base_model):
+    pytest.importorskip("vllm")
+    script = textwrap.dedent(
+        f"""
+        from trainers.conftest import END, make_model
+        from trainers.test_rollouts import check_continuations, check_frequencies
+        from trimtab.trainers.rollouts import TreeConfig, VLLMSampler, grow_trees
+        config = TreeConfig(max_completion_length=12, layers=3, top_k=5)
+        sampler = VLLMSampler(
+            {base_model!r}, config, {{END}}, max_model_len=64,
+            init_kwargs=dict(
+                enforce_eager=True, dtype="float32", distributed_executor_backend="uni"
+            ),
+        )
+        check_continuations(sampler, config)
+        check_frequencies(sampler, make_model(), 5)
+        prompts = [(i, [2, 4 + i, 3]) for i in range(6)]
+        trees = grow_trees(sampler, prompts, config, {{END}})
+        assert any(tree.response(i)[-1] == END for tree in trees for i in tree.leaves())
+        assert grow_trees(sampler, prompts, config, {{END}}) == trees
+        sampler.close()
+        """
+    )
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=TESTS, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def test_response_joins_the_pieces_of_a_path():
+    nodes = [Node(-1, 0, [1, 2]), Node(0, 1, [5]), Node(1, 2, [6, 7]), Node(1, 2, [8], leaf=True)]
+    tree = Tree(0, nodes)
+    assert tree.path(2) == [1, 2] and tree.response(2) == [5, 6, 7] and tree.response(0) == []
