@@ -1,0 +1,232 @@
+"""The incremental engine against a plain full forward over `prefix + candidate`."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from trimtab.plugins import MAVISValueConfig, MAVISValueModel, ValueEngine
+
+VOCAB, MAX_LENGTH, K = 53, 96, 4
+BACKBONES = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral sliding": (MistralConfig, {"sliding_window": 9}),
+    "gemma2 softcap": (Gemma2Config, {"sliding_window": 7}),
+    "gemma3 sliding": (Gemma3TextConfig, {"sliding_window": 5}),
+}
+
+
+def make_model(name: str = "llama", objectives=("a", "b"), seed: int = 0) -> MAVISValueModel:
+    torch.manual_seed(seed)
+    kind, options = BACKBONES[name]
+    backbone = kind(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        **options,
+    )
+    config = MAVISValueConfig(backbone_config=backbone, objectives=list(objectives))
+    model = MAVISValueModel(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def plain(model: MAVISValueModel) -> MAVISValueModel:
+    """A copy for full forward passes with transformers' plainest attention."""
+    model = copy.deepcopy(model)
+    model.backbone.set_attn_implementation("eager")
+    return model
+
+
+@torch.no_grad()
+def full_forward(models, prefix, candidates) -> torch.Tensor:
+    tokens = torch.tensor([[*prefix, c] for c in candidates])
+    return torch.cat([model(tokens).values[:, -1] for model in models], dim=1)
+
+
+def engine_values(engine, sequences, slots, candidates):
+    return engine.values(
+        np.array(slots),
+        np.array([len(sequences[s]) for s in slots]),
+        torch.tensor([sequences[s][-1] for s in slots]),
+        torch.as_tensor(candidates),
+        lambda slot, start, stop: sequences[slot][start:stop],
+    )
+
+
+MODELS = [make_model("llama", ("a", "b")), make_model("mistral sliding", ("c",), seed=1)]
+PLAIN = [plain(model) for model in MODELS]
+TOKEN_BYTES = 3 * 2 * 2 * 8 * 4 * len(MODELS)
+
+
+class Sequences(RuleBasedStateMachine):
+    """Sequences that join, grow, are cut, leave and move between slots, in a store too small."""
+
+    @initialize(blocks=st.integers(3, 9), prefill=st.sampled_from([7, 64]))
+    def start(self, blocks, prefill):
+        self.engine = ValueEngine(
+            copy.deepcopy(MODELS),
+            num_slots=5,
+            max_length=MAX_LENGTH,
+            kv_cache_memory=(blocks + 1) * 32 * TOKEN_BYTES,
+            prefill_tokens=prefill,
+        )
+        self.sequences: dict[int, list[int]] = {}
+
+    @rule(slot=st.integers(0, 4), length=st.integers(1, MAX_LENGTH), seed=st.integers(0, 999))
+    def join(self, slot, length, seed):
+        self.engine.release(slot)
+        self.sequences[slot] = np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def leave(self, data):
+        slot = data.draw(st.sampled_from(sorted(self.sequences)))
+        self.engine.release(slot)
+        del self.sequences[slot]
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), to=st.integers(0, 4))
+    def move(self, data, to):
+        slot = data.draw(st.sampled_from(sorted(self.sequences)))
+        tokens = self.sequences.pop(slot)
+        self.engine.release(slot)
+        self.engine.release(to)
+        self.sequences[to] = tokens
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def cut(self, data):
+        slot = data.draw(st.sampled_from(sorted(self.sequences)))
+        keep = data.draw(st.integers(1, len(self.sequences[slot])))
+        self.engine.truncate(slot, keep)
+        self.sequences[slot] = [*self.sequences[slot][:keep], 7][:MAX_LENGTH]
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), seed=st.integers(0, 999), grow=st.integers(0, 3))
+    def step(self, data, seed, grow):
+        slots = data.draw(
+            st.lists(st.sampled_from(sorted(self.sequences)), min_size=1, unique=True)
+        )
+        candidates = np.random.default_rng(seed).integers(0, VOCAB, (len(slots), K))
+        values = engine_values(self.engine, self.sequences, slots, candidates)
+        for i, slot in enumerate(slots):
+            expected = full_forward(PLAIN, self.sequences[slot], candidates[i])
+            torch.testing.assert_close(values[i], expected, rtol=0, atol=1e-4)
+            room = MAX_LENGTH - len(self.sequences[slot])
+            self.sequences[slot] += candidates[i, : min(grow, room)].tolist()
+
+
+TestCandidateValuesMatchFullForward = Sequences.TestCase
+TestCandidateValuesMatchFullForward.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_candidate_values_match_full_forward_in_every_architecture(name):
+    model = make_model(name)
+    reference = plain(model)
+    engine = ValueEngine([model], num_slots=3, max_length=MAX_LENGTH, prefill_tokens=16)
+    rng = np.random.default_rng(0)
+    sequences = {s: rng.integers(0, VOCAB, n).tolist() for s, n in enumerate((1, 20, 37))}
+    for step in range(12):
+        slots = [0, 1, 2] if step % 2 else [2, 0]
+        candidates = rng.integers(0, VOCAB, (len(slots), K))
+        values = engine_values(engine, sequences, slots, candidates)
+        for i, slot in enumerate(slots):
+            expected = full_forward([reference], sequences[slot], candidates[i])
+            torch.testing.assert_close(values[i], expected, rtol=0, atol=1e-4)
+            sequences[slot].append(int(candidates[i, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_float32(dtype):
+    model = make_model()
+    reference = plain(model)
+    engine = ValueEngine([model], num_slots=2, max_length=MAX_LENGTH, dtype=dtype)
+    rng = np.random.default_rng(1)
+    sequences = {s: rng.integers(0, VOCAB, 30 + 7 * s).tolist() for s in range(2)}
+    candidates = rng.integers(0, VOCAB, (2, K))
+    values = engine_values(engine, sequences, [0, 1], candidates)
+    assert values.dtype == torch.float32
+    for i in range(2):
+        expected = full_forward([reference], sequences[i], candidates[i])
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(values[i], expected, rtol=0, atol=0.06 * scale)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_cpu():
+    model = make_model()
+    reference = plain(model)
+    engine = ValueEngine([model], num_slots=1, max_length=MAX_LENGTH, device="cuda")
+    sequences = {0: list(range(30))}
+    candidates = torch.arange(K)[None]
+    values = engine.values(
+        np.array([0]),
+        np.array([30]),
+        torch.tensor([29], device="cuda"),
+        candidates.cuda(),
+        lambda slot, start, stop: sequences[slot][start:stop],
+    )
+    expected = full_forward([reference], sequences[0], candidates[0].tolist())
+    torch.testing.assert_close(values[0].cpu(), expected, rtol=0, atol=1e-3)
+
+
+def test_a_store_too_small_for_one_sequence_is_refused():
+    with pytest.raises(ValueError, match="cannot hold one sequence of 96 tokens; it needs at"):
+        ValueEngine([make_model()], num_slots=1, max_length=96, kv_cache_memory=1000)
+
+
+def test_a_context_beyond_the_backbone_is_refused():
+    with pytest.raises(ValueError, match="reads at most 128 positions, fewer than the 500"):
+        ValueEngine([make_model()], num_slots=1, max_length=500)
+
+
+def test_a_backbone_without_positional_attention_is_refused():
+    from transformers import MambaConfig
+
+    backbone = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1)
+    model = MAVISValueModel(MAVISValueConfig(backbone_config=backbone, objectives=["a"]))
+    with pytest.raises(ValueError, match=r"backbone of type 'mamba'.*is not supported"):
+        ValueEngine([model], num_slots=1, max_length=8)
+
+
+def test_a_prefix_beyond_the_maximum_is_refused():
+    engine = ValueEngine([make_model()], num_slots=1, max_length=8)
+    with pytest.raises(ValueError, match=r"prefix lengths must be 1 to 8, got \[9\]"):
+        engine_values(engine, {0: [1] * 9}, [0], [[1, 2]])
+
+
+def test_a_value_model_in_an_engine_refuses_plain_forward_passes():
+    model = make_model()
+    ValueEngine([model], num_slots=1, max_length=8)
+    with pytest.raises(RuntimeError, match="belongs to a ValueEngine"):
+        model(torch.tensor([[1, 2]]))

@@ -1,0 +1,96 @@
+"""The mathematics against float64 formulas written out, and its stated properties."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import entropy
+
+from trimtab.plugins.guidance import guide, limit_beta, step_kl, tilt, top_candidates
+
+
+@st.composite
+def steps(draw):
+    """`log pi_ref` `[k]` with some candidates masked, and scores `[k]`."""
+    k = draw(st.integers(1, 12))
+    logits = draw(st.lists(st.floats(-20, 20), min_size=k, max_size=k))
+    scores = draw(st.lists(st.floats(-5, 5), min_size=k, max_size=k))
+    masked = draw(st.lists(st.booleans(), min_size=k, max_size=k))
+    logits = [-math.inf if m and i else x for i, (x, m) in enumerate(zip(logits, masked))]
+    log_probs = torch.log_softmax(torch.tensor([logits]), -1)
+    return log_probs, torch.tensor([scores])
+
+
+@given(steps(), st.floats(0, 10))
+def test_tilt_is_the_formula(step, beta):
+    log_probs, scores = step
+    policy = tilt(log_probs, scores, torch.tensor([beta])).exp()[0].numpy()
+    p = log_probs[0].double().exp().numpy()
+    expected = p * np.exp(beta * (scores[0].double().numpy() - scores.max().item()))
+    np.testing.assert_allclose(policy, expected / expected.sum(), rtol=2e-4, atol=1e-6)
+    assert (policy[p == 0] == 0).all()
+
+
+@given(steps(), st.floats(0, 5), st.floats(-3, 3))
+def test_a_function_of_the_prefix_changes_nothing(step, beta, shift):
+    log_probs, scores = step
+    one = tilt(log_probs, scores, torch.tensor([beta]))
+    other = tilt(log_probs, scores + shift, torch.tensor([beta]))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@given(steps(), st.floats(0, 5))
+def test_kl_agrees_with_scipy(step, beta):
+    log_probs, scores = step
+    log_policy = tilt(log_probs, scores, torch.tensor([beta]))
+    kept = log_probs[0] > -math.inf
+    p, q = log_policy[0][kept].double().exp(), log_probs[0][kept].double().exp()
+    kept = q > 0
+    expected = entropy(p[kept].numpy(), q[kept].numpy())
+    assert step_kl(log_policy, log_probs).item() == pytest.approx(expected, abs=2e-5, rel=1e-3)
+
+
+@settings(max_examples=200)
+@given(steps(), st.floats(0.01, 10), st.floats(1e-3, 2))
+def test_the_limited_beta_is_the_largest_within_the_budget(step, beta, budget):
+    log_probs, scores = step
+    beta_, budget_ = torch.tensor([beta]), torch.tensor([budget])
+    limited = limit_beta(log_probs, scores, beta_, budget_)
+
+    def kl(strength):
+        return step_kl(tilt(log_probs, scores, strength), log_probs).item()
+
+    assert 0 <= limited.item() <= beta_.item()
+    assert kl(limited) <= budget_.item()
+    if limited.item() < beta_.item():
+        more = limited + 1e-3 * beta
+        assert kl(torch.minimum(more, beta_)) >= budget - 1e-4
+
+
+def test_rows_of_different_top_k_and_budgets_do_not_touch_each_other():
+    torch.manual_seed(0)
+    logits, values = torch.randn(3, 50), torch.randn(3, 8, 2)
+    weights, beta = torch.randn(3, 2), torch.tensor([1.0, 2.0, 3.0])
+    budget = torch.tensor([math.inf, 0.1, 0.01])
+    top_k = torch.tensor([8, 3, 5])
+    candidates, log_probs = top_candidates(logits, 8, top_k)
+    together = guide(log_probs, values, weights, beta, budget)
+    for i, k in enumerate(top_k.tolist()):
+        alone_candidates, alone = top_candidates(logits[i : i + 1], k)
+        row = slice(i, i + 1)
+        alone = guide(alone, values[row, :k], weights[row], beta[row], budget[row])
+        assert candidates[i, :k].tolist() == alone_candidates[0].tolist()
+        torch.testing.assert_close(together[i, :k], alone[0])
+        assert (together[i, k:] == -math.inf).all()
+
+
+def test_masked_tokens_stay_masked_even_when_fewer_than_k_are_left():
+    logits = torch.full((1, 20), -math.inf)
+    logits[0, [3, 7]] = torch.tensor([0.0, 1.0])
+    candidates, log_probs = top_candidates(logits, 5)
+    policy = guide(log_probs, torch.randn(1, 5, 1) * 50, torch.ones(1, 1), torch.ones(1))
+    allowed = {c: p for c, p in zip(candidates[0].tolist(), policy[0].exp().tolist()) if p > 0}
+    assert set(allowed) <= {3, 7} and sum(allowed.values()) == pytest.approx(1)

@@ -1,0 +1,160 @@
+"""Value models as files: what is saved comes back, and whatever is broken is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from tests.conftest import VOCAB_SIZE, make_tokenizer, make_value_model
+from trimtab.plugins import MAVISValueConfig, MAVISValueModel
+from trimtab.plugins.value_model import load_config, provenance, tokenizer_fingerprint
+
+IDS = torch.arange(3, 13)[None]
+
+
+@pytest.fixture
+def copied(value_model, tmp_path):
+    return shutil.copytree(value_model, tmp_path / "copy")
+
+
+@torch.no_grad()
+def test_the_backbone_is_the_base_models_first_blocks(base_model):
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    model = MAVISValueModel.from_base_model(base, ["a"], num_hidden_layers=2)
+    hidden = base.model(IDS, output_hidden_states=True).hidden_states[2]
+    expected = base.model.norm(hidden)
+    torch.testing.assert_close(model.backbone(IDS).last_hidden_state, expected)
+    assert model(IDS).values.abs().max() == 0  # an untrained model guides nowhere
+    whole = MAVISValueModel.from_base_model(base, ["a"], num_hidden_layers=None)
+    assert whole.config.backbone_config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("layers", [0, 4, -1])
+def test_a_depth_that_the_base_model_lacks_is_refused(base_model, layers):
+    with pytest.raises(ValueError, match="num_hidden_layers must be 1 to 3"):
+        MAVISValueModel.from_base_model(str(base_model), ["a"], num_hidden_layers=layers)
+
+
+@torch.no_grad()
+def test_saved_models_come_back_whole(tmp_path, base_model):
+    folder = make_value_model(
+        tmp_path,
+        base_model,
+        ["a", "b"],
+        reward_mean=[1.0, 2.0],
+        reward_std=[3.0, 4.0],
+        top_k=17,
+        provenance=provenance(note="test"),
+    )
+    model = MAVISValueModel.load(str(folder))
+    again = AutoModel.from_pretrained(folder)
+    assert type(again) is MAVISValueModel
+    torch.testing.assert_close(again(IDS).values, model(IDS).values, rtol=0, atol=0)
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.objectives, config.reward_mean, config.reward_std, config.top_k) == (
+        ["a", "b"],
+        [1.0, 2.0],
+        [3.0, 4.0],
+        17,
+    )
+    assert config.tokenizer_fingerprint == tokenizer_fingerprint(make_tokenizer())
+    assert config.provenance["note"] == "test" and "torch" in config.provenance["packages"]
+    card = (folder / "README.md").read_text()
+    assert "| b | 2 | 4 |" in card and "--logits-processors" in card
+
+
+@torch.no_grad()
+def test_padding_that_is_the_end_of_sequence_token_changes_nothing(value_model):
+    model = MAVISValueModel.load(str(value_model))
+    response = torch.tensor([[5, 6, 7, 2]])  # the last token is a real end of sequence
+    alone = model(response).values
+    for padded, mask, where in (
+        ([[2, 2, 5, 6, 7, 2]], [[0, 0, 1, 1, 1, 1]], slice(2, 6)),
+        ([[5, 6, 7, 2, 2, 2]], [[1, 1, 1, 1, 0, 0]], slice(0, 4)),
+    ):
+        values = model(torch.tensor(padded), attention_mask=torch.tensor(mask)).values
+        torch.testing.assert_close(values[:, where], alone, rtol=0, atol=1e-5)
+    assert (alone[0, -1] - alone[0, -2]).abs().max() > 1e-3
+
+
+def test_another_model_type_is_refused(base_model):
+    with pytest.raises(ValueError, match="is not a value model: its config has model_type 'llama'"):
+        MAVISValueModel.load(str(base_model))
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_config(str(tmp_path / "nothing"))
+
+
+def test_pickled_weights_are_refused(copied):
+    weights = copied / "model.safetensors"
+    torch.save(torch.zeros(1), copied / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"no .safetensors weights .* pickled weights are never"):
+        MAVISValueModel.load(str(copied))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000])
+def test_corrupted_weights_are_refused(copied, keep):
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"weights cannot be read .*copy or train it again"):
+        MAVISValueModel.load(str(copied))
+
+
+def test_weights_that_lack_a_tensor_are_refused(copied):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copied / "model.safetensors")
+    del weights["head.weight"]
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit its config .*head\.weight"):
+        MAVISValueModel.load(str(copied))
+
+
+def test_weights_of_another_shape_are_refused(copied):
+    config = json.loads((copied / "config.json").read_text())
+    config["objectives"].append("third")
+    config["reward_mean"].append(0.0)
+    config["reward_std"].append(1.0)
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="copy or train it again"):
+        MAVISValueModel.load(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objectives": []}, "at least one"),
+        ({"objectives": ["a", "a"]}, "distinct"),
+        ({"objectives": ["a"], "reward_std": [0.0]}, "reward_std must be positive"),
+        ({"objectives": ["a"], "reward_mean": [0.0, 1.0]}, "reward_mean has 2 entries for 1"),
+        ({"objectives": ["a"], "head_type": "magic"}, "head_type must be one of"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MAVISValueConfig(**fields)
+
+
+def test_the_fingerprint_tells_vocabularies_apart():
+    words = [f"w{i}" for i in range(3, VOCAB_SIZE)]
+    assert tokenizer_fingerprint(make_tokenizer()) == tokenizer_fingerprint(make_tokenizer(words))
+    swapped = [words[1], words[0], *words[2:]]
+    assert tokenizer_fingerprint(make_tokenizer()) != tokenizer_fingerprint(make_tokenizer(swapped))
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, trimtab.plugins\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'nevergrad', 'trl'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
