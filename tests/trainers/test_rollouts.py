@@ -40,7 +40,7 @@ class CoinSampler:
             rng = np.random.default_rng(seed)
             piece = rng.integers(4, 18, size=length).tolist()
             ends = np.flatnonzero(rng.random(length) < self.end)
-            pieces.append(piece[: ends[0]] + [END] if len(ends) else piece)
+            pieces.append([*piece[: ends[0]], END] if len(ends) else piece)
         return pieces
 
 
@@ -90,20 +90,21 @@ def test_one_layer_is_plain_sampling():
         assert len(tree.nodes) == 6 and all(node.leaf for node in tree.nodes[1:])
 
 
+def expected_reward(tree, node):
+    """Of walking down from a node at random, child by child, by their weights."""
+    if tree.nodes[node].leaf:
+        return reward(tree.response(node))
+    below = [i for i, child in enumerate(tree.nodes) if child.parent == node]
+    weights = [tree.nodes[i].weight for i in below]
+    return sum(w * expected_reward(tree, i) for w, i in zip(weights, below)) / sum(weights)
+
+
 def test_node_values_are_those_of_brute_force():
     for tree in grow(TreeConfig(max_completion_length=16, layers=3), end=0.15):
         add_rewards(tree)
         values, shares = tree.values("sum"), tree.shares()
         for i in range(len(tree.nodes)):
-            # The expected reward of walking down at random, child by child, by weight.
-            def expected(node):
-                if tree.nodes[node].leaf:
-                    return reward(tree.response(node))
-                below = [j for j, n in enumerate(tree.nodes) if n.parent == node]
-                weights = [tree.nodes[j].weight for j in below]
-                return sum(w * expected(j) for w, j in zip(weights, below)) / sum(weights)
-
-            assert values[i] == pytest.approx(expected(i))
+            assert values[i] == pytest.approx(expected_reward(tree, i))
         leaves = tree.leaves()
         assert shares[leaves].sum() == pytest.approx(1)
         assert values[0] == pytest.approx(sum(shares[i] * tree.rewards["sum"][i] for i in leaves))
