@@ -422,12 +422,17 @@ class MAVISTrainer(Trainer):
         self.collect_rollouts()
         return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """
-        Evaluates on the rollouts of `eval_dataset`. Arguments are those of
-        [`~transformers.Trainer.evaluate`]."""
+        Evaluates on the rollouts of the trainer's `eval_dataset`. Arguments are those of
+        [`~transformers.Trainer.evaluate`].
+        """
+        if isinstance(eval_dataset, Dataset):
+            raise ValueError(
+                "`evaluate` needs rollouts: give these prompts to the trainer as `eval_dataset`"
+            )
         self.collect_rollouts()
-        return super().evaluate(*args, **kwargs)
+        return super().evaluate(eval_dataset, **kwargs)
 
     def compute_loss(
         self,
