@@ -290,6 +290,11 @@ class MAVISTrainer(Trainer):
     def _make_sampler(self) -> Sampler:
         if self._sampler is None:
             args = self.args
+            if args.use_vllm and self.accelerator.num_processes > 1:
+                raise ValueError(
+                    "`use_vllm` samples in a single process: call `collect_rollouts` without a "
+                    "launcher first, then launch the training, which finds them stored"
+                )
             if args.use_vllm:
                 longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
                 self._sampler = VLLMSampler(
@@ -422,7 +427,9 @@ class MAVISTrainer(Trainer):
         self.collect_rollouts()
         return super().train(*args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, **kwargs: Any
+    ) -> dict[str, float]:
         """
         Evaluates on the rollouts of the trainer's `eval_dataset`. Arguments are those of
         [`~transformers.Trainer.evaluate`].

@@ -6,6 +6,8 @@ classifier. Every failure names the function and the prompt.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -111,12 +113,15 @@ def load_reward_funcs(reward_funcs: Mapping[str, Any]) -> dict[str, RewardFunc]:
 
 
 def identify(func: RewardFunc) -> str:
-    """What tells stored rewards of one function from those of another: its model or import path."""
+    """Tells stored rewards from those of another function: by its model, or name and source."""
     if isinstance(func, ClassifierReward):
         return func.name
-    # A partial or a callable object is known by its class.
     named: Any = func if hasattr(func, "__qualname__") else type(func)
-    return named.__qualname__
+    try:
+        source = inspect.getsource(named)
+    except (OSError, TypeError):  # typed at a prompt, or built in
+        source = ""
+    return f"{named.__qualname__}:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
 
 def compute_rewards(

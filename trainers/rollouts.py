@@ -20,11 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .rewards import RewardFunc, compute_rewards, identify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.get_logger(__name__)
 
 FORMAT = 1  # of the files
 
@@ -185,8 +188,8 @@ def grow_trees(
     frontiers = [[(0, config.root_children, 1.0)] for _ in trees]
     for layer in range(1, config.layers + 1):
         requests = []
-        for tree, rng, frontier in zip(trees, rngs, frontiers):
-            for parent, count, weight in frontier:
+        for number, (tree, rng) in enumerate(zip(trees, rngs)):
+            for parent, count, weight in frontiers[number]:
                 response = tree.response(parent)
                 left = config.max_completion_length - len(response)
                 prefix = tree.nodes[0].tokens + response
@@ -196,22 +199,21 @@ def grow_trees(
                         share = left / (config.layers - layer + 1)
                         length = min(int(rng.integers(1, max(2, round(2 * share)))), left)
                     seed = int(rng.integers(2**31))
-                    requests.append((tree, parent, weight, prefix, left, length, seed))
+                    requests.append((number, parent, weight, left, prefix, length, seed))
         if not requests:
             break
         pieces = sampler(
-            [request[3] for request in requests],
+            [request[4] for request in requests],
             [request[5] for request in requests],
             [request[6] for request in requests],
         )
-        position = {id(tree): i for i, tree in enumerate(trees)}
         frontiers = [[] for _ in trees]
-        for (tree, parent, weight, _, left, _, _), piece in zip(requests, pieces):
-            rng, frontier = rngs[position[id(tree)]], frontiers[position[id(tree)]]
+        for (number, parent, weight, left, *_), piece in zip(requests, pieces):
+            tree, frontier = trees[number], frontiers[number]
             leaf = piece[-1] in eos_token_ids or len(piece) == left
             node = len(tree.nodes)
             if leaf and layer == 1 < config.layers and len(piece) > 1:
-                cut = int(rng.integers(1, len(piece)))
+                cut = int(rngs[number].integers(1, len(piece)))
                 tree.nodes.append(Node(parent, layer, piece[:cut], weight))
                 tree.nodes.append(Node(node, layer + 1, piece[cut:], leaf=True))
                 frontier.append((node, config.children - 1, 0.0))
@@ -577,12 +579,7 @@ def collect_rollouts(
                 if stored.get(name) == reward_ids[name]:
                     continue
                 if name in stored:
-                    raise ValueError(
-                        f"{path} holds rewards {name!r} of {stored[name]!r}, not of "
-                        f"{reward_ids[name]!r}; name the new objective differently, or give "
-                        "another "
-                        "`rollout_dir`"
-                    )
+                    logger.warning(f"reward function {name!r} has changed: scoring {path} again")
                 score_trees(trees, name, func, prompts, columns, tokenizer)
                 stored[name] = reward_ids[name]
                 write_trees(path, trees, stored)

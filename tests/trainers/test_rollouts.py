@@ -210,12 +210,7 @@ def test_failing_reward_keeps_the_rollouts(tmp_path, tokenizer):
     assert "length" not in kept[4].rewards
 
     again = CoinSampler()
-    broken_no_more = length
-    broken_no_more.__qualname__, before = broken.__qualname__, length.__qualname__
-    try:
-        trees = collect(tmp_path, tokenizer, again, {"length": broken_no_more})
-    finally:
-        length.__qualname__ = before
+    trees = collect(tmp_path, tokenizer, again)
     assert again.calls[0] == 4, "only the last batch, of one prompt, was sampled"
     assert [tree.nodes for tree in trees[:6]] == [tree.nodes for tree in kept]
 
@@ -228,10 +223,13 @@ def test_new_objective_is_computed_on_stored_rollouts(tmp_path, tokenizer):
     assert np.nanmax(trees[5].rewards["number"]) == 5.0
 
 
-def test_rewards_of_another_function_are_not_reused(tmp_path, tokenizer):
-    collect(tmp_path, tokenizer, CoinSampler())
-    with pytest.raises(ValueError, match="'length' of 'length', not of 'number'"):
-        collect(tmp_path, tokenizer, CoinSampler(), {"length": number})
+def test_changed_reward_function_scores_the_stored_rollouts_again(tmp_path, tokenizer):
+    first = collect(tmp_path, tokenizer, CoinSampler())
+    idle = CoinSampler()
+    trees = collect(tmp_path, tokenizer, idle, {"length": number})
+    assert idle.calls == [] and trees[5].nodes == first[5].nodes
+    assert np.nanmax(trees[5].rewards["length"]) == 5.0 != np.nanmax(first[5].rewards["length"])
+    same(read_rollouts(tmp_path), trees)
 
 
 @pytest.mark.parametrize(
@@ -293,15 +291,16 @@ def test_killed_collection_resumes_without_duplicate_or_loss(tmp_path, tokenizer
 def check_continuations(sampler, config):
     """Pieces end at an end token or at their length, and repeat with their seeds."""
     rng = np.random.default_rng(0)
-    prefixes = [rng.integers(1, 18, size=n).tolist() for n in (1, 3, 9, 4, 7, 2)]
-    lengths = [4, 1, 12, 30, 30, 30]
-    pieces = sampler(prefixes, lengths, [1, 2, 3, 4, 5, 6])
+    prefixes = [rng.integers(1, 18, size=n).tolist() for n in (1, 3, 9, 4, 7, 2) * 6]
+    lengths = [4, 1, 12, 30, 30, 30] * 6
+    seeds = list(range(36))
+    pieces = sampler(prefixes, lengths, seeds)
     for piece, limit in zip(pieces, lengths):
         assert 1 <= len(piece) <= limit
         assert END not in piece[:-1] and (len(piece) == limit or piece[-1] == END)
     assert any(piece[-1] == END for piece in pieces), "the end is kept"
-    assert sampler(prefixes, lengths, [1, 2, 3, 4, 5, 6]) == pieces
-    assert sampler(prefixes, lengths, [7, 8, 9, 10, 11, 12]) != pieces
+    assert sampler(prefixes, lengths, seeds) == pieces
+    assert sampler(prefixes, lengths, [seed + 100 for seed in seeds]) != pieces
 
 
 def check_frequencies(sampler, model, top_k):
