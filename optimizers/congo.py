@@ -83,7 +83,9 @@ def coordinate_name(parametrization: ng.p.Parameter, coordinate: int) -> str:
             shape = leaf._value.shape if isinstance(leaf, ng.p.Data) else (leaf.dimension,)
             if leaf.dimension == 1 and name:
                 return name
-            return f"{name or 'x'}[{','.join(str(int(k)) for k in np.unravel_index(offset, shape))}]"
+            return (
+                f"{name or 'x'}[{','.join(str(int(k)) for k in np.unravel_index(offset, shape))}]"
+            )
         offset -= leaf.dimension
     raise IndexError(f"coordinate is {coordinate}: expected 0 to {parametrization.dimension - 1}")
 
@@ -158,9 +160,7 @@ class _CONGO(base.Optimizer):
                 m = max(m, num_workers - 1)
             m = min(m, d)
         self.num_measurements = m
-        self.evaluations_per_round = 1 + (
-            (c.num_perturbations or 3 * m) if c.variant == "B" else m
-        )
+        self.evaluations_per_round = 1 + ((c.num_perturbations or 3 * m) if c.variant == "B" else m)
         if budget is not None and budget < self.evaluations_per_round:
             self._warn(
                 f"budget is {budget}, but a round of {c.name} in dimension {d} takes "
@@ -194,6 +194,7 @@ class _CONGO(base.Optimizer):
         self._old_uids, self._uids = self._uids, []
         self._rows: list[np.ndarray] = []
         self._lengths: list[float] = []
+        self._sums: list[float] = []
         self._losses: dict[int, float] = {}
         self._mixing: FloatArray | None = None
         self._base_asked = 0
@@ -210,14 +211,14 @@ class _CONGO(base.Optimizer):
             self._base_asked += 1
         else:
             index = len(self._rows) + 1
-            self._draw_row()
-            point = self._x + self._perturbation(index)
+            point = self._x + self._draw_row()
         candidate = self.parametrization.spawn_child().set_standardized_data(point)
         candidate._meta[_META] = (self._round_id, index)
         self._uids.append(candidate.uid)
         return candidate
 
-    def _draw_row(self) -> None:
+    def _draw_row(self) -> FloatArray:
+        """Draws the next row; returns its perturbation, ``[d]``."""
         d, variant = self.dimension, self._config.variant
         j = len(self._rows)
         length = self._length
@@ -245,6 +246,9 @@ class _CONGO(base.Optimizer):
             length *= math.sqrt(2) if j % 2 else math.sqrt(0.5)
         self._rows.append(row)
         self._lengths.append(length)
+        step = self._perturbation(j + 1)
+        self._sums.append(float(step.sum()))
+        return step
 
     def _row(self, index: int) -> FloatArray:
         row = self._rows[index - 1]
@@ -254,6 +258,7 @@ class _CONGO(base.Optimizer):
         return sensing.expand(row, self.dimension)
 
     def _perturbation(self, index: int) -> FloatArray:
+        """The step from the iterate to measurement ``index`` (1 is the first), ``[d]``."""
         step = self._lengths[index - 1] * self._row(index)
         return self._clip(self._x + step, slice(None)) - self._x if self._bounded else step
 
@@ -302,9 +307,9 @@ class _CONGO(base.Optimizer):
             skipped = "all losses are equal"
         else:
             estimate = {"B": self._estimate_b, "adaptive": self._estimate_adaptive}
-            gradient, support, residual = estimate.get(
-                self._config.variant, self._estimate_cosamp
-            )(told, differences)
+            gradient, support, residual = estimate.get(self._config.variant, self._estimate_cosamp)(
+                told, differences
+            )
         lengths = [float(np.linalg.norm(self._perturbation(i))) for i in told[:2]]
         if self._config.variant == "adaptive":
             # Failures ask for smaller perturbations, a plateau (of integers, say) for larger ones.
@@ -366,9 +371,11 @@ class _CONGO(base.Optimizer):
     ) -> tuple[FloatArray, np.ndarray, float]:
         """Least squares with as many measurements as dimensions, sparse regression with fewer.
 
-        The model of a measurement is ``f(x + p) = f0 + g.p + c |p|^2 / 2 + noise``. The loss at
-        the base point is one more measurement, not the truth (``f0`` is fitted); with signs as
-        rows the ``c`` term takes the whole diagonal of the Hessian with it.
+        The model of measurement ``j`` is ``f(x + p) = f0 + g.p + u sum(p) + c |p|^2 + b j +
+        noise`` with a sparse ``g``. The loss at the base point is one more measurement, not the
+        truth: ``f0`` is fitted. ``u`` is a slope common to all variables, as a price of resources
+        is; with signs as rows ``c`` takes the whole diagonal of the Hessian with it; ``b`` is the
+        drift of the cost during a round. ``u``, ``c`` and ``b`` enter only if the data want them.
         """
         d, n = self.dimension, len(told) + 1
         rows = np.stack([self._rows[i - 1] for i in told])
@@ -411,7 +418,10 @@ class _CONGO(base.Optimizer):
             return out
 
         y = centred(losses)
-        bend = centred(np.concatenate([[0.0], np.square(lengths)]))[:, None]
+        sums = [self._sums[i - 1] for i in told]
+        extra = np.zeros((n, 3))
+        extra[1:] = np.column_stack([sums, np.square(lengths), told])
+        extra = centred(extra)
         remembered = self._support if self._support_trust > 0.5 else self._support[:0]
         limit = max(512, 4 * n)
         working = np.arange(d)
@@ -420,16 +430,16 @@ class _CONGO(base.Optimizer):
             if d > limit:
                 top = np.argpartition(match(left), d - limit)[d - limit :]
                 working = np.union1d(top, kept)
-            columns = np.hstack([columns_of(working), bend])
-            free = np.append(np.isin(working, remembered), True)
+            columns = np.hstack([columns_of(working), extra])
+            free = np.append(np.isin(working, remembered), [True] * 3)
             mean, inclusion = recovery.sparse_regression(columns, y, d, free)
-            coefficients, probability = mean[:-1], inclusion[:-1]
+            coefficients, probability = mean[:-3], inclusion[:-3]
             left = centred(y - columns @ mean)
             before, kept = kept, np.union1d(remembered, working[probability > 0.01])
             if np.array_equal(kept, before):
                 break
-        gradient = np.zeros(d)
-        gradient[working] = coefficients
+        gradient = np.full(d, mean[-3])
+        gradient[working] += coefficients
         support = working[probability > 0.5]
         if self._support.size:
             again = float(np.isin(self._support, support).mean())
@@ -446,7 +456,7 @@ class _CONGO(base.Optimizer):
         1 if noise dominates, 16 if curvature does, 4 where the two balance. A fit that is good
         already is left alone: longer perturbations cost a live system more.
         """
-        if residual < 0.1:
+        if residual < 0.3:
             return
         squares = np.square(left[1:])
         long = lengths > self._length

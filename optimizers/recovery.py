@@ -68,9 +68,9 @@ def cosamp(
     """Compressive sampling matching pursuit (Needell and Tropp 2009, Algorithm 1).
 
     Each iteration joins the ``2 * sparsity`` columns most correlated with the residual to the
-    current support, fits by least squares and keeps the ``sparsity`` largest coefficients, which
-    are fitted again. Fewer columns are joined where the measurements could not tell them apart
-    (``2 * sparsity > m``). Stops as soon as an iteration does not reduce the residual, and returns
+    current support, fits by least squares (the shortest fit, where the measurements cannot tell the
+    columns apart) and keeps the ``sparsity`` largest coefficients, which are fitted again. Stops as
+    soon as an iteration does not reduce the residual, and returns
     the best iterate.
 
     Args:
@@ -96,8 +96,7 @@ def cosamp(
     for _ in range(max_iterations):
         if best.residual <= tolerance * norm:
             break
-        joined = min(2 * sparsity, max(m - best.support.size, 1))
-        merged = np.union1d(best.support, _largest(np.abs(residual @ a), joined))
+        merged = np.union1d(best.support, _largest(np.abs(residual @ a), 2 * sparsity))
         columns = a[:, merged]
         fit = np.linalg.lstsq(columns, y, rcond=None)[0]
         kept = np.sort(_largest(np.abs(fit), sparsity))

@@ -59,5 +59,7 @@ def blocks(rows: np.ndarray, dimension: int) -> tp.Iterator[tuple[slice, np.ndar
     width = max(8, (1 << 22) // max(len(rows), 1) // 8 * 8)
     for start in range(0, dimension, width):
         stop = min(start + width, dimension)
-        part = rows[:, start // 8 : (stop + 7) // 8] if rows.dtype == np.uint8 else rows[:, start:stop]
+        part = (
+            rows[:, start // 8 : (stop + 7) // 8] if rows.dtype == np.uint8 else rows[:, start:stop]
+        )
         yield slice(start, stop), expand(part, stop - start)

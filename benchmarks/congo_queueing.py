@@ -1,0 +1,382 @@
+"""Queueing networks: CONGO, its paper's variants, gradient baselines, PPO and Nevergrad.
+
+The six settings of the CONGO paper (arXiv 2407.06325, section 5.2): jobs with Poisson arrivals are
+routed by type through single-server first-come-first-served services of deterministic service time
+``1 / (allocation + 0.1)``; the cost is the mean end-to-end latency plus the sum of the allocations.
+The networks have no loops, so a window is simulated service by service with a vectorised Lindley
+recursion: exact, and a hundred times faster than an event loop in Python.
+
+    python benchmarks/congo_queueing.py            # about 25 minutes on one core
+    python benchmarks/congo_queueing.py --quick
+"""
+
+from __future__ import annotations
+
+import typing as tp
+
+import nevergrad as ng
+import numpy as np
+from _congo_runs import DOCS, arguments, save, summary
+
+from trimtab.optimizers import ParametrizedCONGO
+
+ROUNDS = 100
+SETTLE, MEASURE = 30.0, 10.0
+LOWER, UPPER, DELTA = 1.0, 60.0, 0.5
+NODES_1 = "ABCDEFGHIJKLMNO"
+PATHS_1 = [
+    [NODES_1.index(node) for node in path]
+    for path in ("A", "ABE", "ABFGLM", "ABFGLNO", "ABF", "ACDH", "ACDIK", "ACDJ")
+]
+PATHS_2 = [
+    [0, 33, 23, 38, 13, 16],
+    [0, 41, 44, 26, 14, 10],
+    [0, 28, 49, 17, 35, 42],
+    [0, 37, 4, 1, 20, 47],
+    [0, 34, 32, 45, 12, 30],
+    [0, 40, 9, 5, 3, 48],
+    [0, 18, 15, 31, 11, 6],
+    [0, 46, 39, 25, 8, 22],
+    [0, 36, 24, 2, 29, 27],
+    [0, 7, 19, 21, 43],
+]
+
+
+class Setting(tp.NamedTuple):
+    """One row of the table: the network, its workload in every round, and the step sizes."""
+
+    paths: list[list[int]]
+    nodes: int
+    start: np.ndarray
+    rate: tp.Callable[[int], float]
+    mix: tp.Callable[[int], np.ndarray]
+    learning_rate: tp.Callable[[int], float]
+    m: int
+    sparsity: int
+
+
+def _only(kind: int, kinds: int) -> tp.Callable[[int], np.ndarray]:
+    return lambda t: np.eye(kinds)[kind - 1]
+
+
+def _drift(before: list[float], after: list[float]) -> tp.Callable[[int], np.ndarray]:
+    """Linearly from one mix to the other between rounds 40 and 90."""
+
+    def mix(t: int) -> np.ndarray:
+        share = min(max((t - 40) / 50, 0.0), 1.0)
+        return (1 - share) * np.array(before) + share * np.array(after)
+
+    return mix
+
+
+def _rate_1(t: int) -> float:
+    return (5.0, 5.5, 6.0, 5.5)[min(t // 25, 3)]
+
+
+def _rate_2(t: int) -> float:
+    return (4.5, 4.75, 5.0, 5.25, 5.5, 5.25, 5.0, 4.75, 4.5, 4.75)[min(t // 10, 9)]
+
+
+def decaying(t: int) -> float:
+    return 0.7 ** (t // 25)
+
+
+def halving(t: int) -> float:
+    return 0.7 * 0.5 ** (t // 25)
+
+
+def one(t: int) -> float:
+    return 1.0
+
+
+def lower(t: int) -> float:
+    return 0.7
+
+
+def _start(nodes: int, entry: float, others: float) -> np.ndarray:
+    return np.concatenate([[entry], np.full(nodes - 1, others)]).astype(float)
+
+
+SETTINGS = {
+    "1 fixed": Setting(
+        PATHS_1, 15, _start(15, 10, 10), lambda t: 5.0,
+        lambda t: np.array([0.02, 0.44, 0.02, 0.02, 0.44, 0.02, 0.02, 0.02]), decaying, 8, 6,
+    ),
+    "1 arrival rate": Setting(
+        PATHS_1, 15, _start(15, 10, 10), _rate_1, _only(6, 8), decaying, 8, 6
+    ),
+    "1 job mix": Setting(
+        PATHS_1, 15, _start(15, 10, 7), lambda t: 5.0,
+        _drift([0, 0.5, 0, 0, 0.5, 0, 0, 0], [0, 0.1, 0.3, 0, 0.6, 0, 0, 0]), halving, 8, 6,
+    ),
+    "2 fixed": Setting(PATHS_2, 50, _start(50, 7, 7), lambda t: 5.0, _only(6, 10), one, 17, 10),
+    "2 arrival rate": Setting(PATHS_2, 50, _start(50, 7, 7), _rate_2, _only(2, 10), one, 17, 10),
+    "2 job mix": Setting(
+        PATHS_2, 50, _start(50, 10, 4), lambda t: 4.0,
+        _drift([0.5, 0, 0.5] + [0] * 7, [0.3, 0, 0.3, 0, 0, 0.2, 0, 0.2, 0, 0]), lower, 17, 10,
+    ),
+}  # fmt: skip
+
+
+class Network:
+    """A network with its queues, simulated window by window.
+
+    Jobs that a window leaves waiting or in service carry over, with whatever allocation comes
+    next: a service that has begun keeps its duration.
+    """
+
+    def __init__(self, paths: list[list[int]], nodes: int, rng: np.random.Generator) -> None:
+        self.paths, self.nodes, self.rng = paths, nodes, rng
+        depth = {node: k for path in paths for k, node in enumerate(path)}
+        self.order = sorted(depth, key=depth.__getitem__)
+        # The service after node n for kind k; -1 leaves the network.
+        self.next = np.full((nodes, len(paths)), -1)
+        for kind, path in enumerate(paths):
+            for node, following in zip(path, path[1:]):
+                self.next[node, kind] = following
+        self.now = 0.0
+        self.free = np.zeros(nodes)
+        # Per service: rows of (arrival at the service, arrival at the network, kind).
+        self.pending = [np.zeros((0, 3)) for _ in range(nodes)]
+
+    def run(self, allocation: np.ndarray, rate: float, mix: np.ndarray) -> float:
+        """The cost of ``SETTLE + MEASURE`` time units: mean latency plus allocations.
+
+        The latency is that of the jobs that left in the last ``MEASURE`` units. If none did, it is
+        the mean age of the jobs inside: what a monitor of an overloaded system would report.
+        """
+        end = self.now + SETTLE + MEASURE
+        count = self.rng.poisson(rate * (end - self.now))
+        times = np.sort(self.rng.uniform(self.now, end, count))
+        kinds = self.rng.choice(len(self.paths), size=count, p=mix)
+        entry = self.paths[0][0]
+        jobs = np.column_stack([times, times, kinds])
+        inbox: list[list[np.ndarray]] = [[waiting] for waiting in self.pending]
+        inbox[entry].append(jobs)
+        latencies, inside = [], []
+        for node in self.order:
+            jobs = np.concatenate(inbox[node])
+            self.pending[node] = jobs
+            if not len(jobs):
+                continue
+            jobs = jobs[np.argsort(jobs[:, 0], kind="stable")]
+            service = 1.0 / (allocation[node] + 0.1)
+            # Lindley: departure k is the largest arrival j plus the services j to k.
+            ready = np.maximum(jobs[:, 0], max(self.free[node], self.now))
+            step = service * np.arange(len(jobs))
+            departures = np.maximum.accumulate(ready - step) + step + service
+            begun = int(np.searchsorted(departures - service, end))
+            self.pending[node] = jobs[begun:]
+            inside.append(jobs[begun:, 1])
+            if begun:
+                self.free[node] = departures[begun - 1]
+            moved = jobs[:begun].copy()
+            moved[:, 0] = departures[:begun]
+            following = self.next[node, moved[:, 2].astype(int)]
+            for to in np.unique(following):
+                part = moved[following == to]
+                if to < 0:
+                    left = (part[:, 0] > end - MEASURE) & (part[:, 0] <= end)
+                    latencies.append(part[left, 0] - part[left, 1])
+                    inside.append(part[part[:, 0] > end, 1])
+                else:
+                    inbox[to].append(part)
+        self.now = end
+        latency = np.concatenate(latencies) if latencies else np.zeros(0)
+        if not latency.size:
+            latency = end - np.minimum(np.concatenate(inside), end)
+        return float(latency.mean() if latency.size else 0.0) + float(allocation.sum())
+
+
+class Workload:
+    """The evaluations of one seed; round ``t`` starts from an empty network."""
+
+    def __init__(self, setting: Setting, seed: int) -> None:
+        self.setting, self.seed = setting, seed
+        self.round = 0
+        self.network: Network | None = None
+
+    def start_round(self, t: int) -> None:
+        self.round = t
+        s = self.setting
+        self.network = Network(s.paths, s.nodes, np.random.default_rng([self.seed, t, 0]))
+
+    def __call__(self, allocation: np.ndarray) -> float:
+        assert self.network is not None
+        s = self.setting
+        return self.network.run(allocation, s.rate(self.round), s.mix(self.round))
+
+    def played(self, t: int, allocation: np.ndarray) -> float:
+        """The cost counted: an empty network and, for all algorithms, the same arrivals."""
+        s = self.setting
+        network = Network(s.paths, s.nodes, np.random.default_rng([self.seed, t, 1]))
+        return network.run(allocation, s.rate(t), s.mix(t))
+
+
+def descend(workload: Workload, estimate: tp.Callable) -> list[float]:
+    s = workload.setting
+    x, costs = s.start.copy(), []
+    for t in range(ROUNDS):
+        costs.append(workload.played(t, x))
+        workload.start_round(t)
+        gradient = estimate(workload, x)
+        norm = np.linalg.norm(gradient)
+        if norm:
+            x = np.clip(x - s.learning_rate(t) * gradient / norm, LOWER, UPPER)
+    return costs
+
+
+def one_coordinate_at_a_time(workload: Workload, x: np.ndarray) -> np.ndarray:
+    start = workload(x)
+    return np.array([(workload(x + DELTA * e) - start) / DELTA for e in np.eye(x.size)])
+
+
+def averaged_perturbations(rng: np.random.Generator) -> tp.Callable:
+    def estimate(workload: Workload, x: np.ndarray) -> np.ndarray:
+        start, total = workload(x), np.zeros_like(x)
+        step = DELTA / np.sqrt(x.size)
+        for _ in range(workload.setting.m):
+            signs = rng.choice([-1.0, 1.0], x.size)
+            total += (workload(x + step * signs) - start) / step * signs
+        return total / workload.setting.m
+
+    return estimate
+
+
+def play(
+    workload: Workload, algorithm: tp.Any, evaluations: int, sigma: float = 1.0
+) -> list[float]:
+    s = workload.setting
+    parametrization = ng.p.Array(init=s.start).set_bounds(LOWER, UPPER, method="clipping")
+    parametrization.set_mutation(sigma=sigma)
+    parametrization.random_state.seed(workload.seed)
+    optimizer = algorithm(parametrization, budget=ROUNDS * evaluations)
+    costs = []
+    for t in range(ROUNDS):
+        costs.append(workload.played(t, np.asarray(optimizer.recommend().value)))
+        workload.start_round(t)
+        for _ in range(evaluations):
+            candidate = optimizer.ask()
+            optimizer.tell(candidate, workload(np.asarray(candidate.value)))
+    return costs
+
+
+def train_ppo(setting: Setting, steps: int) -> tp.Any:
+    """PPO that knows the workload: it observes allocations, rate and mix, and moves every node."""
+    import gymnasium
+    from stable_baselines3 import PPO
+
+    class Environment(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(
+            -10.0, 10.0, (setting.nodes + 1 + len(setting.paths),), np.float32
+        )
+        action_space = gymnasium.spaces.Box(-1.0, 1.0, (setting.nodes,), np.float32)
+
+        def reset(self, *, seed: int | None = None, options: tp.Any = None) -> tp.Any:
+            super().reset(seed=seed)
+            self.workload = Workload(setting, int(self.np_random.integers(1 << 30)) + 1000)
+            self.t, self.x = 0, setting.start.copy()
+            return observe(setting, 0, self.x), {}
+
+        def step(self, action: np.ndarray) -> tp.Any:
+            self.x = np.clip(self.x + action, LOWER, UPPER)
+            cost = self.workload.played(self.t, self.x)
+            self.t += 1
+            done = self.t >= ROUNDS
+            reward = -cost / setting.start.sum()
+            return observe(setting, min(self.t, ROUNDS - 1), self.x), reward, False, done, {}
+
+    model = PPO("MlpPolicy", Environment(), seed=0, device="cpu", n_steps=min(1000, steps))
+    return model.learn(steps)
+
+
+def observe(setting: Setting, t: int, x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x / 10, [setting.rate(t) / 5], setting.mix(t)]).astype(np.float32)
+
+
+def play_ppo(workload: Workload, model: tp.Any) -> list[float]:
+    s = workload.setting
+    x, costs = s.start.copy(), []
+    for t in range(ROUNDS):
+        costs.append(workload.played(t, x))
+        action, _ = model.predict(observe(s, t, x), deterministic=True)
+        x = np.clip(x + action, LOWER, UPPER)
+    return costs
+
+
+def measure(name: str, seeds: int, ppo_steps: int) -> dict[str, tp.Any]:
+    s = SETTINGS[name]
+    common: dict[str, tp.Any] = {"learning_rate": s.learning_rate, "normalize": True}
+    told = {**common, "sparsity": s.sparsity, "num_measurements": s.m, "delta": DELTA}
+    samples = s.m + 2
+    congo = ParametrizedCONGO(variant="adaptive", num_measurements=s.m + 1, **common)
+    variant_b = ParametrizedCONGO(variant="B", num_perturbations=s.m + 1, **told)
+    model = train_ppo(s, ppo_steps)
+    runs: dict[str, tuple[int, tp.Callable]] = {
+        "CONGO": (samples, lambda w: play(w, congo, samples)),
+        "CONGO_E": (s.m + 1, lambda w: play(w, ParametrizedCONGO(variant="E", **told), s.m + 1)),
+        "CONGO_Z": (s.m + 1, lambda w: play(w, ParametrizedCONGO(variant="Z", **told), s.m + 1)),
+        "CONGO_B": (samples, lambda w: play(w, variant_b, samples)),
+        "one coordinate at a time": (
+            s.nodes + 1,
+            lambda w: descend(w, one_coordinate_at_a_time),
+        ),
+        "averaged perturbations": (
+            s.m + 1,
+            lambda w: descend(w, averaged_perturbations(np.random.default_rng([w.seed, 2]))),
+        ),
+        "PPO": (0, lambda w: play_ppo(w, model)),
+    }
+    for other in ("SPSA", "CMA", "TBPSA", "NGOpt"):
+        registered = ng.optimizers.registry[other]
+        runs[other] = (samples, lambda w, a=registered: play(w, a, samples))
+    rows = {}
+    for label, (count, run) in runs.items():
+        costs = np.array([run(Workload(s, seed)) for seed in range(seeds)])
+        rows[label] = {
+            "evaluations_a_round": count,
+            "first 20": summary(costs[:, :20].mean(axis=1)),
+            "last 20": summary(costs[:, -20:].mean(axis=1)),
+            "all": summary(costs.mean(axis=1)),
+            "curve": [round(float(c), 2) for c in costs.mean(axis=0)],
+        }
+        shown = "  ".join(
+            f"{part} {rows[label][part]['mean']:7.1f} +- {rows[label][part]['standard_error']:4.1f}"
+            for part in ("first 20", "last 20", "all")
+        )
+        print(f"{name:15s} {label:26s} {shown}", flush=True)
+    return rows
+
+
+def plot(results: dict[str, tp.Any]) -> None:
+    import matplotlib.pyplot as plt
+
+    shown = ("CONGO", "CONGO_E", "CONGO_B", "averaged perturbations", "PPO", "CMA")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
+    for axis, (name, rows) in zip(axes.ravel(), results.items()):
+        for label in shown:
+            axis.plot(rows[label]["curve"], label=label, linewidth=1.2)
+        axis.set_title(f"network {name}", fontsize=10)
+        axis.set_ylim(0, 1.15 * max(rows["CONGO"]["curve"]))
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("round")
+    figure.supylabel("cost at the point played, mean over seeds")
+    figure.savefig(DOCS / "congo_queueing.png", dpi=120)
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0], seeds=10)
+    names = list(SETTINGS)
+    if options.quick:
+        global ROUNDS
+        ROUNDS, names = 5, names[:1]
+    results = {
+        name: measure(name, options.seeds, 100 if options.quick else 20_000) for name in names
+    }
+    if not options.quick:
+        save("congo_queueing", {"rounds": ROUNDS, "ppo_steps": 20_000, "settings": results})
+        plot(results)
+
+
+if __name__ == "__main__":
+    main()
