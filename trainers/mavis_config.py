@@ -124,16 +124,14 @@ class MAVISConfig(TrainingArguments):
         default=10,
         metadata={
             "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. "
-            "If "
-            "smaller than 1, will be interpreted as ratio of total training steps."
+            "If smaller than 1, will be interpreted as ratio of total training steps."
         },
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Whether to use bf16 (mixed) precision instead of 32-bit. If not set, it "
-            "defaults "
-            "to `True` if `fp16` is not set."
+            "defaults to `True` if `fp16` is not set."
         },
     )
     remove_unused_columns: bool = field(
@@ -146,8 +144,7 @@ class MAVISConfig(TrainingArguments):
         default=4,
         metadata={
             "help": "Number of the base model's first blocks that make the value model's backbone, "
-            "used "
-            "when the `model` argument of the `MAVISTrainer` is provided as a string. If "
+            "used when the `model` argument of the `MAVISTrainer` is provided as a string. If "
             "`None`, all are kept."
         },
     )
@@ -155,16 +152,14 @@ class MAVISConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Whether to train the token embedding. Few of its rows are seen in the "
-            "rollouts, "
-            "and with a small backbone it holds most of the parameters."
+            "rollouts, and with a small backbone it holds most of the parameters."
         },
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used to load "
-            "the "
-            "base model."
+            "the base model."
         },
     )
 
@@ -177,16 +172,14 @@ class MAVISConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Maximum length of a prompt. A longer one is an error. If `None`, a prompt and "
-            "a "
-            "response must fit the base model's context."
+            "a response must fit the base model's context."
         },
     )
     layers: int = field(
         default=5,
         metadata={
             "help": "Number of layers of a tree of responses, which has `root_children * children "
-            "** "
-            "(layers - 1)` of them. With one layer the responses share nothing but the prompt."
+            "** (layers - 1)` of them. With one layer the responses share nothing but the prompt."
         },
     )
     root_children: int = field(
@@ -201,17 +194,15 @@ class MAVISConfig(TrainingArguments):
         default=1.0,
         metadata={
             "help": "Temperature for sampling. The value model predicts rewards under the policy "
-            "that "
-            "sampled."
+            "that sampled."
         },
     )
     top_k: int = field(
         default=40,
         metadata={
             "help": "Number of likeliest tokens to sample from, and of candidates that the value "
-            "model "
-            "guides among. Guidance chooses among the base model's `top_k` likeliest tokens, so "
-            "that its reference policy is the base model with this `top_k`. If `0`, all tokens "
+            "model guides among. Guidance chooses among the base model's `top_k` likeliest tokens, "
+            "so that its reference policy is the base model with this `top_k`. If `0`, all tokens "
             "are sampled from."
         },
     )
@@ -219,8 +210,7 @@ class MAVISConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Where the rollouts are stored as Parquet. An interrupted collection resumes "
-            "there. "
-            "If `None`, it defaults to `'rollouts'` in `output_dir`."
+            "there. If `None`, it defaults to `'rollouts'` in `output_dir`."
         },
     )
     rollout_batch_size: int = field(
@@ -233,8 +223,7 @@ class MAVISConfig(TrainingArguments):
         default=32,
         metadata={
             "help": "Number of responses that transformers continues at once. Only used when "
-            "`use_vllm` "
-            "is `False`."
+            "`use_vllm` is `False`."
         },
     )
 
@@ -267,24 +256,21 @@ class MAVISConfig(TrainingArguments):
         default=0.5,
         metadata={
             "help": "Fraction of the bottom layer of every tree to train on, which would outnumber "
-            "the "
-            "rest."
+            "the rest."
         },
     )
     max_length: int = field(
         default=1024,
         metadata={
             "help": "Maximum number of tokens of a training sequence. A larger tree is cut into "
-            "several "
-            "sequences of whole responses, which repeat what these share."
+            "several sequences of whole responses, which repeat what these share."
         },
     )
     sibling_coef: float = field(
         default=0.0,
         metadata={
             "help": "Weight of the squared error of the differences between the values of "
-            "siblings, "
-            "read at their first and at their last token."
+            "siblings, read at their first and at their last token."
         },
     )
 

