@@ -39,7 +39,7 @@ CONFLICT = ("readability", "rarity")  # the pair whose rewards oppose each other
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BEST_OF = 4
 BETA, TOP_K, MAX_TOKENS = 8.0, 40, 48
-TEST_PROMPTS, UNGUIDED_SAMPLES, GUIDED_SAMPLES, KL_RESPONSES = 40, 8, 2, 16
+TEST_PROMPTS, UNGUIDED_SAMPLES, GUIDED_SAMPLES, KL_RESPONSES = 40, 8, 2, 12
 
 
 @dataclass(frozen=True)
@@ -150,32 +150,32 @@ async def sample(address: str, base: Path, prompts: list[Any], path: Path) -> li
     return done
 
 
-def response_kl(
-    model: Any, engine: Any, responses: list[dict[str, Any]], weights: dict[str, float]
-) -> list[float]:
-    """KL of the guided policy to the base model, in nats a response: exact at every step, summed.
+def response_kl(base: Path, value_model: Path, responses: list[dict[str, Any]]) -> np.ndarray:
+    """KL of each response's guided policy to the base model, in nats: exact at every step, summed.
 
     Both policies are over the `TOP_K` candidates; the path is the response that was sampled.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
-    from trimtab.plugins import GuidanceParams
+    from trimtab.plugins import GuidanceParams, MAVISValueModel, ValueEngine
     from trimtab.plugins.guidance import step_kl
     from trimtab.plugins.guide import Guide
 
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    values = MAVISValueModel.load(str(value_model))
+    engine = ValueEngine([values], num_slots=len(responses), max_length=512)
     guide = Guide(engine, len(responses))
-    params = GuidanceParams(
-        tuple(weights.get(name, 0.0) for name in engine.objectives), beta=BETA, top_k=TOP_K
-    )
-    logits = []
+    weights = {setting.name: setting.weights for setting in settings()}
+    logits = []  # of each response, [its length, vocab]
     for slot, r in enumerate(responses):
-        guide.start(slot, params)
+        chosen = (weights[r["setting"]].get(name, 0.0) for name in engine.objectives)
+        guide.start(slot, GuidanceParams(tuple(chosen), beta=BETA, top_k=TOP_K))
         with torch.inference_mode():
             tokens = torch.tensor([r["prompt_ids"] + r["response_ids"][:-1]])
-            kept = len(r["response_ids"])
-            logits.append(model(tokens, logits_to_keep=kept).logits[0])
+            logits.append(model(tokens, logits_to_keep=len(r["response_ids"])).logits[0])
     total = np.zeros(len(responses))
-    for t in range(max(len(r["response_ids"]) for r in responses)):
+    for t in tqdm(range(MAX_TOKENS), desc="KL, step by step"):
         rows = [i for i, r in enumerate(responses) if t < len(r["response_ids"])]
         prefixes = {i: responses[i]["prompt_ids"] + responses[i]["response_ids"][:t] for i in rows}
         step = torch.stack([logits[i][t] for i in rows])
@@ -184,11 +184,10 @@ def response_kl(
             np.array(rows),
             np.array([len(prefixes[i]) for i in rows]),
             torch.tensor([prefixes[i][-1] for i in rows]),
-            lambda slot, a, b, prefixes=prefixes: prefixes[slot][a:b],
+            lambda slot, start, stop, prefixes=prefixes: prefixes[slot][start:stop],
         )
-        log_ref = step.gather(1, candidates) - scale[:, None]
-        total[rows] += step_kl(log_policy, log_ref).numpy()
-    return total.tolist()
+        total[rows] += step_kl(log_policy, step.gather(1, candidates) - scale[:, None]).numpy()
+    return total
 
 
 def measure(prompts: list[Any], responses: list[dict[str, Any]]) -> dict[str, Any]:
@@ -213,8 +212,13 @@ def measure(prompts: list[Any], responses: list[dict[str, Any]]) -> dict[str, An
         base = by_prompt("unguided", objective)
         mean, std = base.mean(), base.std()
         result["unguided"][objective] = {"mean": mean, "std": std}
-        groups = base.reshape(len(prompts), -1, BEST_OF).max(2)
-        result["best_of"][objective] = (groups.mean() - mean) / std
+        picked = base.reshape(-1, BEST_OF).argmax(1)  # of each group of samples of one prompt
+        rewards_of = {name: by_prompt("unguided", name) for name in REWARDS}
+        result["best_of"][objective] = {
+            name: (np.take_along_axis(x.reshape(-1, BEST_OF), picked[:, None], 1).mean() - x.mean())
+            / x.std()
+            for name, x in rewards_of.items()
+        }
         for setting in settings()[1:]:
             difference = (by_prompt(setting.name, objective).mean(1) - base.mean(1)) / std
             low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
@@ -244,7 +248,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
         x = np.arange(len(REWARDS)) + (i - (len(REWARDS) - 1) / 2) * width
         left.bar(x, gains, width, yerr=np.abs(errors - gains), capsize=2, label=objective)
         left.plot(
-            [x[i] - width / 2, x[i] + width / 2], [result["best_of"][objective]] * 2, "k-", lw=2
+            [x[i] - width / 2, x[i] + width / 2],
+            [result["best_of"][objective][objective]] * 2,
+            "k-",
+            lw=2,
         )
     left.set_xticks(
         range(len(REWARDS)),
@@ -265,8 +272,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             f"{1 - mix:g} / {mix:g}", point, textcoords="offset points", xytext=(6, 6), fontsize=8
         )
     right.plot(0, 0, "ks", label="unguided")
-    right.plot(result["best_of"][one], 0, "k^", label=f"best of {BEST_OF} for one reward")
-    right.plot(0, result["best_of"][other], "k^")
+    best = np.array([[result["best_of"][picked][o] for o in CONFLICT] for picked in CONFLICT])
+    right.plot(best[:, 0], best[:, 1], "k^", label=f"best of {BEST_OF} by one of the rewards")
     right.set_xlabel(f"gain in {one}")
     right.set_ylabel(f"gain in {other}")
     correlation = result["correlation"][f"{one}, {other}"]
@@ -321,21 +328,16 @@ def main() -> None:
         responses = asyncio.run(sample(address, base, prompts, out / "responses.jsonl"))
 
     stage("measuring rewards and KL")
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from trimtab.plugins import MAVISValueModel, ValueEngine
-
     result = measure(prompts, responses)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    values = MAVISValueModel.load(str(value_model))
-    engine = ValueEngine([values], num_slots=KL_RESPONSES, max_length=512)
-    for setting in tqdm(settings()[1:], desc="KL"):
-        chosen = [r for r in responses if r["setting"] == setting.name and r["sample"] == 0]
-        chosen = sorted(chosen, key=lambda r: r["prompt"])[:KL_RESPONSES]
-        kls = response_kl(model, engine, chosen, setting.weights)
-        error = float(np.std(kls) / np.sqrt(len(kls)))
-        result["settings"][setting.name]["kl"] = {"mean": float(np.mean(kls)), "sem": error}
+    ordered = sorted(responses, key=lambda r: (r["setting"], r["sample"], r["prompt"]))
+    chosen = {
+        setting.name: [r for r in ordered if r["setting"] == setting.name][:KL_RESPONSES]
+        for setting in settings()[1:]
+    }
+    kls = response_kl(base, value_model, [r for rs in chosen.values() for r in rs])
+    for name, kl in zip(chosen, kls.reshape(len(chosen), -1)):
+        error = float(kl.std() / np.sqrt(len(kl)))
+        result["settings"][name]["kl"] = {"mean": float(kl.mean()), "sem": error}
     result["parameters"] = {
         "beta": BETA, "top_k": TOP_K, "max_tokens": MAX_TOKENS, "prompts": len(prompts),
         "samples": {"unguided": UNGUIDED_SAMPLES, "guided": GUIDED_SAMPLES},
