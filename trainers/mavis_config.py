@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -276,6 +277,8 @@ class MAVISConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        # `TrainingArguments` takes bf16 on a CPU only when it is told to use the CPU.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         for name in (
             "max_completion_length",

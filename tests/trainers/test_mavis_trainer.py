@@ -393,6 +393,12 @@ def test_model_card_is_the_value_models_own(trained):
     assert "MAVIS value model" in (folder / "README.md").read_text()
 
 
+def test_default_config_suits_this_machine(tmp_path):
+    made = MAVISConfig(str(tmp_path))
+    assert made.bf16 and made.use_cpu is not torch.accelerator.is_available()
+    assert not MAVISConfig(str(tmp_path), bf16=False).bf16
+
+
 def test_config_parses_from_yaml(tmp_path):
     from trl import TrlParser
 
