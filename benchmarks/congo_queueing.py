@@ -12,6 +12,7 @@ recursion: exact, and a hundred times faster than an event loop in Python.
 
 from __future__ import annotations
 
+import itertools
 import typing as tp
 
 import nevergrad as ng
@@ -132,7 +133,7 @@ class Network:
         # The service after node n for kind k; -1 leaves the network.
         self.next = np.full((nodes, len(paths)), -1)
         for kind, path in enumerate(paths):
-            for node, following in zip(path, path[1:]):
+            for node, following in itertools.pairwise(path):
                 self.next[node, kind] = following
         self.now = 0.0
         self.free = np.zeros(nodes)

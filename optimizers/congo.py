@@ -25,6 +25,7 @@ FloatArray = np.ndarray
 # A loss that Nevergrad clips to (NaN and +inf become this number) is a failed evaluation.
 _FAILED = 5.0e20
 _META = "congo"
+_PLATEAU = "all losses are equal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,11 @@ class Round:
     Attributes:
         number: rounds completed, this one included.
         support: gradient entries (standardised space) by parameter name, largest first.
-        residual: part of the measured differences that the estimate leaves unexplained: a ratio
-            of norms, 0 for a perfect fit and 1 for none.
+        common: slope that the estimate gives to every variable, those of the support included: the
+            price of resources, for example. 0 but for the adaptive variant.
+        residual: part of the measured differences (curvature and drift taken out, in the adaptive
+            variant) that the estimate leaves unexplained: a ratio of norms, 0 for a perfect fit
+            and 1 for none.
         measurements: evaluations that the estimate rests on, the base point included.
         lost: evaluations asked for in the round and not used: unanswered, or failed.
         perturbation: mean Euclidean length of the perturbations, in standardised space.
@@ -45,12 +49,18 @@ class Round:
 
     number: int
     support: dict[str, float]
+    common: float
     residual: float
     measurements: int
     lost: int
     perturbation: float
     step: float
     skipped: str
+
+
+def _ratio(left: float, measured: FloatArray) -> float:
+    size = float(np.linalg.norm(measured))
+    return left / size if size else 0.0
 
 
 def _leaves(parameter: ng.p.Parameter, path: str = "") -> list[tuple[str, ng.p.Parameter]]:
@@ -177,9 +187,10 @@ class _CONGO(base.Optimizer):
         self._lower, self._upper = standardized_bounds(self.parametrization)
         self._x = np.zeros(d)
         self._last_good = self._x
+        self._x_loss = math.inf  # the last loss at an iterate
+        self._unsure = False  # evaluations failed near the iterate, and it is not evaluated yet
+        self._common = 0.0
         self._length = c.delta or (0.1 if c.variant == "adaptive" else 0.05)
-        self._support = np.zeros(0, dtype=np.int64)
-        self._support_trust = 0.0
         self._round_id = 0
         self._uids: list[str] = []
         self._old_uids: list[str] = []
@@ -229,21 +240,22 @@ class _CONGO(base.Optimizer):
                 sensing.rademacher(self._rng, self.num_measurements), self.num_measurements
             )
             length /= float(np.square(row @ self._mixing).sum())
-        elif variant == "E":
-            row = sensing.gaussian(self._rng, d)
-            length /= float(row @ row)
-        elif variant == "Z":
-            row = sensing.rademacher(self._rng, d)
-            length /= d
         elif self.num_measurements >= d:
             if j % d == 0:
                 self._mixing = sensing.orthogonal(self._rng, d)
             assert self._mixing is not None
             row = self._mixing[j % d]
+            length /= 1 if variant == "adaptive" else d
+        elif variant == "E":
+            row = sensing.gaussian(self._rng, d)
+            length /= float(row @ row)
         else:
             row = sensing.rademacher(self._rng, d)
-            # Two lengths a round: comparing their residuals tells noise from curvature.
-            length *= math.sqrt(2) if j % 2 else math.sqrt(0.5)
+            if variant == "Z":
+                length /= d
+            else:
+                # Two lengths a round: comparing their residuals tells noise from curvature.
+                length *= math.sqrt(2) if j % 2 else math.sqrt(0.5)
         self._rows.append(row)
         self._lengths.append(length)
         step = self._perturbation(j + 1)
@@ -278,6 +290,9 @@ class _CONGO(base.Optimizer):
         if round_id != self._round_id or index in self._losses:
             return  # an answer to a round that is over, or a second one
         self._losses[index] = loss if abs(loss) < _FAILED else math.nan
+        if index == 0 and abs(loss) < _FAILED:
+            self._x_loss = loss
+            self._unsure = False
         if 0 in self._losses and len(self._losses) >= self.evaluations_per_round:
             self._finish_round()
 
@@ -285,7 +300,8 @@ class _CONGO(base.Optimizer):
         """A better point from outside becomes the iterate: the warm start."""
         if _META in candidate._meta or not abs(loss) < _FAILED:
             return  # told twice, or too late; or failed
-        if loss < self._losses.get(0, math.inf):
+        if loss < self._x_loss:
+            self._x_loss = loss
             data = candidate.get_standardized_data(reference=self.parametrization)
             self._x = self._project(np.array(data, dtype=float))
             self._start_round()
@@ -295,7 +311,7 @@ class _CONGO(base.Optimizer):
         base_loss = self._losses[0]
         issued = len(self._rows) + self._base_asked
         differences = np.array([self._losses[i] for i in told]) - base_loss
-        skipped, residual = "", 0.0
+        skipped, residual, self._common = "", 0.0, 0.0
         gradient = np.zeros(self.dimension)
         support = np.zeros(0, dtype=np.int64)
         before = self._x
@@ -304,23 +320,25 @@ class _CONGO(base.Optimizer):
         elif told.size < max(1, (self.evaluations_per_round - 1) // 2):
             skipped = f"only {told.size} of {self.evaluations_per_round - 1} measurements succeeded"
         elif not differences.any():
-            skipped = "all losses are equal"
+            skipped = _PLATEAU
         else:
-            estimate = {"B": self._estimate_b, "adaptive": self._estimate_adaptive}
-            gradient, support, residual = estimate.get(self._config.variant, self._estimate_cosamp)(
-                told, differences
+            estimate = {"B": self._estimate_b, "adaptive": self._estimate_adaptive}.get(
+                self._config.variant, self._estimate_cosamp
             )
+            if self.num_measurements >= self.dimension:
+                estimate = self._least_squares
+            gradient, support, residual = estimate(told, differences)
         lengths = [float(np.linalg.norm(self._perturbation(i))) for i in told[:2]]
-        if self._config.variant == "adaptive":
+        if skipped and self._config.variant == "adaptive":
             # Failures ask for smaller perturbations, a plateau (of integers, say) for larger ones.
-            if skipped:
-                self._scale_length(2.0 if base_loss == base_loss and told.size else 0.5)
+            self._scale_length(2.0 if skipped == _PLATEAU else 0.5)
         if not skipped:
             skipped = self._step(gradient)
         if base_loss != base_loss:
             self._x = self._last_good
         else:
             self._last_good = before
+        self._unsure = any(loss != loss for loss in self._losses.values())
         self.gradient = gradient
         self.num_rounds += 1
         order = support[np.argsort(-np.abs(gradient[support]), kind="stable")]
@@ -329,6 +347,7 @@ class _CONGO(base.Optimizer):
             support={
                 coordinate_name(self.parametrization, int(i)): float(gradient[i]) for i in order
             },
+            common=self._common,
             residual=residual,
             measurements=told.size + (base_loss == base_loss),
             lost=issued - told.size - (base_loss == base_loss),
@@ -344,10 +363,23 @@ class _CONGO(base.Optimizer):
         self, told: np.ndarray, differences: FloatArray
     ) -> tuple[FloatArray, np.ndarray, float]:
         """Variants E and Z (Algorithms 2 and 3): directional derivatives, then CoSaMP."""
-        rows = sensing.expand(np.stack([self._rows[i - 1] for i in told]), self.dimension)
-        y = differences / np.array([self._lengths[i - 1] for i in told])
+        lengths = np.array([self._lengths[i - 1] for i in told])
+        if self._bounded:  # a perturbation that a bound cut is measured as cut
+            rows = np.stack([self._perturbation(int(i)) for i in told]) / lengths[:, None]
+        else:
+            rows = sensing.expand(np.stack([self._rows[i - 1] for i in told]), self.dimension)
+        y = differences / lengths
         found = recovery.cosamp(rows, y, self.sparsity)
-        return found.dense(self.dimension), found.support, found.residual / np.linalg.norm(y)
+        return found.dense(self.dimension), found.support, _ratio(found.residual, y)
+
+    def _least_squares(
+        self, told: np.ndarray, differences: FloatArray
+    ) -> tuple[FloatArray, np.ndarray, float]:
+        """As many measurements as dimensions: no sparsity is needed."""
+        steps = np.stack([self._perturbation(int(i)) for i in told])
+        gradient = np.linalg.lstsq(steps, differences, rcond=None)[0]
+        left = float(np.linalg.norm(differences - steps @ gradient))
+        return gradient, np.flatnonzero(gradient), _ratio(left, differences)
 
     def _estimate_b(
         self, told: np.ndarray, differences: FloatArray
@@ -363,13 +395,12 @@ class _CONGO(base.Optimizer):
         y = terms.mean(axis=0)
         error = math.sqrt(terms.var(axis=0).sum() / len(told))
         found = recovery.basis_pursuit(self._mixing, y, error)
-        size = np.linalg.norm(y)
-        return found.dense(self.dimension), found.support, found.residual / size if size else 0.0
+        return found.dense(self.dimension), found.support, _ratio(found.residual, y)
 
     def _estimate_adaptive(
         self, told: np.ndarray, differences: FloatArray
     ) -> tuple[FloatArray, np.ndarray, float]:
-        """Least squares with as many measurements as dimensions, sparse regression with fewer.
+        """Sparse regression in which the data choose the sparsity.
 
         The model of measurement ``j`` is ``f(x + p) = f0 + g.p + u sum(p) + c |p|^2 + b j +
         noise`` with a sparse ``g``. The loss at the base point is one more measurement, not the
@@ -381,13 +412,6 @@ class _CONGO(base.Optimizer):
         rows = np.stack([self._rows[i - 1] for i in told])
         lengths = np.array([self._lengths[i - 1] for i in told])
         losses = np.concatenate([[0.0], differences])
-        if len(told) >= d:
-            steps = np.stack([self._perturbation(int(i)) for i in told])
-            design = np.column_stack([np.ones(n), np.vstack([np.zeros(d), steps])])
-            solution = np.linalg.lstsq(design, losses, rcond=None)[0]
-            left = losses - design @ solution
-            spread = np.linalg.norm(losses - losses.mean())
-            return solution[1:], np.flatnonzero(solution[1:]), float(np.linalg.norm(left) / spread)
 
         def centred(values: FloatArray) -> FloatArray:
             # Fitting f0 is centring, the base point (whose perturbation is zero) included.
@@ -422,30 +446,26 @@ class _CONGO(base.Optimizer):
         extra = np.zeros((n, 3))
         extra[1:] = np.column_stack([sums, np.square(lengths), told])
         extra = centred(extra)
-        remembered = self._support if self._support_trust > 0.5 else self._support[:0]
         limit = max(512, 4 * n)
         working = np.arange(d)
-        left, kept = y, remembered
+        left, kept = y, np.zeros(0, dtype=np.int64)
         for _ in range(3 if d > limit else 1):
             if d > limit:
                 top = np.argpartition(match(left), d - limit)[d - limit :]
                 working = np.union1d(top, kept)
             columns = np.hstack([columns_of(working), extra])
-            free = np.append(np.isin(working, remembered), [True] * 3)
-            mean, inclusion = recovery.sparse_regression(columns, y, d, free)
+            mean, inclusion = recovery.sparse_regression(columns, y, d, extra.shape[1])
             coefficients, probability = mean[:-3], inclusion[:-3]
             left = centred(y - columns @ mean)
-            before, kept = kept, np.union1d(remembered, working[probability > 0.01])
+            signal = left + columns[:, :-2] @ mean[:-2]  # without curvature and drift
+            before, kept = kept, working[probability > 0.01]
             if np.array_equal(kept, before):
                 break
-        gradient = np.full(d, mean[-3])
+        self._common = float(mean[-3])
+        gradient = np.full(d, self._common)
         gradient[working] += coefficients
         support = working[probability > 0.5]
-        if self._support.size:
-            again = float(np.isin(self._support, support).mean())
-            self._support_trust += 0.3 * (again - self._support_trust)
-        self._support = support
-        residual = float(np.linalg.norm(left) / np.linalg.norm(y))
+        residual = _ratio(float(np.linalg.norm(left)), signal)
         self._balance_length(left, lengths, residual)
         return gradient, support, residual
 
@@ -496,7 +516,7 @@ class _CONGO(base.Optimizer):
         return x
 
     def _internal_provide_recommendation(self) -> FloatArray:
-        return self._x
+        return self._last_good if self._unsure else self._x
 
     def _info(self) -> dict[str, tp.Any]:
         """Nevergrad's debug information: the last round, flat."""
@@ -537,9 +557,9 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
         variant: ``"E"``: Gaussian rows and CoSaMP; ``"Z"``: random signs and CoSaMP (ZORO);
             ``"B"``: simultaneous perturbations and basis pursuit; the paper's three. They know the
             sparsity and keep the perturbation length. ``"adaptive"`` is ours: random signs,
-            regression with the sparsity left to the data, perturbations whose length balances noise
-            and curvature, supports remembered while they recur, and least squares where there are
-            as many measurements as dimensions.
+            regression with the sparsity left to the data, and perturbations whose length balances
+            noise and curvature. All use least squares where there are as many measurements as
+            dimensions.
         sparsity: entries of the gradient that matter at a time. B, Z and E recover that many (B:
             only through ``num_measurements``). Default: a tenth of the dimension, 1 to 10.
         num_measurements: ``m``; default ``ceil(2 s ln(d / s))`` (section 4), at most ``d``; the

@@ -54,7 +54,7 @@ def _checked(matrix: FloatArray, measurements: FloatArray) -> tuple[FloatArray, 
 def _largest(values: FloatArray, count: int) -> np.ndarray:
     if count >= values.size:
         return np.arange(values.size)
-    return np.argpartition(values, values.size - count)[values.size - count :]
+    return np.argpartition(values, values.size - count - 1)[values.size - count :]
 
 
 def cosamp(
@@ -228,7 +228,7 @@ def _complete(
 
 
 def sparse_regression(
-    columns: FloatArray, measurements: FloatArray, dimension: int, free: np.ndarray
+    columns: FloatArray, measurements: FloatArray, dimension: int, free: int = 0
 ) -> tuple[FloatArray, FloatArray]:
     """Sparse regression with the number of non-zeros left to the data.
 
@@ -243,8 +243,8 @@ def sparse_regression(
     Args:
         columns: ``[n, c]`` candidate columns.
         measurements: ``[n]``.
-        dimension: number of columns that the candidates were screened from.
-        free: ``[c] bool``, columns that do not count as picked among many.
+        dimension: number of columns that the other ``c - free`` candidates were screened from.
+        free: number of columns, the last ones, that do not count as picked among many.
 
     Returns:
         The mean of the coefficients, ``[c]``, and the probability that each is not zero, ``[c]``.
@@ -289,7 +289,7 @@ def sparse_regression(
         unexplained = max(left / total, 1e-14)
         g = max((1 - unexplained) / k / (unexplained / (n - k)) - 1.0, 0.0)
         evidence = 0.5 * (n - k) * math.log1p(g) - 0.5 * n * math.log1p(g * unexplained)
-        paid = int(np.count_nonzero(~free[chosen]))
+        paid = int(np.count_nonzero(chosen < c - free))
         evidence += (
             math.lgamma(paid + 1) + math.lgamma(dimension - paid + 1) - math.lgamma(dimension + 1)
         )
