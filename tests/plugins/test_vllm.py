@@ -15,8 +15,6 @@ import torch
 from tests.conftest import EOS, VOCAB_SIZE, make_base_model, make_value_model
 from tests.reference import Reference
 
-pytest.importorskip("vllm")
-
 MAX_LENGTH, TOP_K, BETA = 160, 8, 3.0
 WEIGHTS = [(1.0, 0.0), (0.0, 1.0), (0.5, -1.0), (0.0, 0.0)]
 

@@ -16,7 +16,6 @@ import torch
 from tests.conftest import EOS
 from tests.reference import Reference
 
-pytest.importorskip("vllm")
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a GPU the V2 runner needs no interpreter"
 )
