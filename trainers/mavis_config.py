@@ -87,9 +87,6 @@ class MAVISConfig(TrainingArguments):
         max_length (`int`, *optional*, defaults to `1024`):
             Maximum number of tokens of a training sequence. A larger tree is cut into several
             sequences of whole responses, which repeat what these share.
-        sibling_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the squared error of the differences between the values of siblings, read at
-            their first and at their last token.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -267,13 +264,6 @@ class MAVISConfig(TrainingArguments):
             "several sequences of whole responses, which repeat what these share."
         },
     )
-    sibling_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the squared error of the differences between the values of "
-            "siblings, read at their first and at their last token."
-        },
-    )
 
     def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
@@ -291,9 +281,8 @@ class MAVISConfig(TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("top_k", "sibling_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` must not be negative, got {self.top_k}")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
         if not 0 <= self.leaf_fraction <= 1:

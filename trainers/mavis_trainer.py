@@ -369,7 +369,6 @@ class MAVISTrainer(Trainer):
                     "num_train_epochs",
                     "per_device_train_batch_size",
                     "leaf_fraction",
-                    "sibling_coef",
                 )
             },
         )
@@ -448,17 +447,13 @@ class MAVISTrainer(Trainer):
         )
         values, labels = outputs.values, inputs["labels"]
         known = ~labels[..., 0].isnan()
-        value_loss = (values[known] - labels[known]).square().mean()
-        # Differences between siblings, at their first and at their last tokens:
-        # [2, n_pairs, n_objectives]
-        first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
-        flat = values.flatten(0, 1)
-        differences = torch.stack([flat[first_a] - flat[first_b], flat[last_a] - flat[last_b]])
-        loss = value_loss
-        if self.args.sibling_coef and len(first_a):
-            sibling_loss = (differences - inputs["sibling_labels"]).square().mean()
-            loss = loss + self.args.sibling_coef * sibling_loss
+        loss = (values[known] - labels[known]).square().mean()
         with torch.no_grad():
+            # Differences between siblings at their first and at their last tokens:
+            # [2, n_pairs, n_objectives]
+            first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
+            flat = values.flatten(0, 1)
+            differences = torch.stack([flat[first_a] - flat[first_b], flat[last_a] - flat[last_b]])
             tokens = inputs["input_ids"].flatten()
             self._metrics["train" if self.model.training else "eval"].add(
                 values[known],

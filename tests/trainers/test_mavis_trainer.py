@@ -130,14 +130,14 @@ def test_saved_model_is_a_value_model_with_its_statistics(trained, base_model):
 
 
 def test_loss_is_that_of_every_labelled_token(base_model, tmp_path):
-    made = trainer(base_model, tmp_path, sibling_coef=0.5)
+    made = trainer(base_model, tmp_path)
     made.collect_rollouts()
     torch.nn.init.normal_(made.model.head.weight)
     made.model.eval()
     sequences = [made.train_dataset[i] for i in range(3)]
     with torch.inference_mode():
         loss = made.compute_loss(made.model, made.data_collator(sequences))
-        errors, differences = [], []
+        errors = []
         for sequence in sequences:
             batch = made.data_collator([sequence])
             values = made.model(
@@ -145,11 +145,7 @@ def test_loss_is_that_of_every_labelled_token(base_model, tmp_path):
             ).values[0]
             for value, label in zip(values.tolist(), sequence["labels"].tolist()):
                 errors += [(v - y) ** 2 for v, y in zip(value, label) if y == y]
-            for (a, b, c, d), label in zip(sequence["siblings"], sequence["sibling_labels"]):
-                for x, y in ((a, b), (c, d)):
-                    differences += ((values[x] - values[y]).numpy() - label).tolist()
-    expected = np.mean(errors) + 0.5 * np.mean(np.square(differences))
-    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(np.mean(errors), rel=1e-4)
 
 
 def test_metrics_are_those_of_plain_numpy():
