@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AttentionInterface
 
 from .value_model import MAVISValueModel
@@ -59,7 +60,7 @@ class Step:
 
 
 def paged_attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: torch.Tensor,  # [1, heads, batch * queries, dim]
     key: torch.Tensor,  # [1, kv_heads, batch * queries, dim]
     value: torch.Tensor,
@@ -176,14 +177,15 @@ class ValueEngine:
         kv_cache_memory: int | None = None,
         prefill_tokens: int = 1024,
     ) -> None:
-        self.objectives = tuple(name for model in models for name in model.config.objectives)
+        self.objectives = tuple(name for model in models for name in model.config.objectives or ())
         self.device = torch.device(device)
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
-        self.models = [model.to(device=self.device, dtype=dtype).eval() for model in models]
+        self.models = list(models)
         bytes_per_token = 0
         for model in self.models:
             config = _cacheable(model, max_length)
+            nn.Module.to(model.eval(), device=self.device, dtype=dtype)
             model.backbone.set_attn_implementation(ATTENTION)
             bytes_per_token += config.num_hidden_layers * 2 * _kv_width(config) * dtype.itemsize
 
@@ -204,7 +206,7 @@ class ValueEngine:
         self.weight_bytes = sum(p.nbytes for model in self.models for p in model.parameters())
         self._stores = []
         for model in self.models:
-            config = model.config.backbone_config.get_text_config()
+            config = model.config.text_config
             shape = (tokens, _kv_heads(config), _head_dim(config))
             self._stores.append(
                 [
@@ -411,7 +413,7 @@ def _kv_width(config: Any) -> int:
 
 def _cacheable(model: MAVISValueModel, max_length: int) -> Any:
     """The backbone's text config, if its attention can be cached by position."""
-    config = model.config.backbone_config.get_text_config()  # type: ignore[union-attr]
+    config = model.config.text_config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
     pluggable = getattr(model.backbone, "_supports_attention_backend", False)

@@ -100,12 +100,11 @@ class GuidanceConfig:
         models = config.get("value_models")
         if isinstance(models, str):
             models = [models]
+        named: tuple[tuple[str | None, Any], ...] = ()
         if isinstance(models, Mapping):
             named = tuple((str(name), path) for name, path in models.items())
         elif isinstance(models, Sequence):
             named = tuple((None, path) for path in models)
-        else:
-            named = ()
         if not named or not all(isinstance(path, str) and path for _, path in named):
             raise ValueError(
                 "mavis config: value_models must be a list of folders or hub ids, or an object "

@@ -62,7 +62,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         if not self._models:
             raise ValueError("value_models is empty: give at least one value model")
         configs = [model.config for model in self._models]
-        self.objectives = tuple(name for config in configs for name in config.objectives)
+        self.objectives = tuple(name for config in configs for name in config.objectives or ())
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"two value models have an objective of one name: {self.objectives}")
         for config in configs:
@@ -87,7 +87,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         self._tokens = torch.zeros((0, 0), dtype=torch.int64)  # [batch, length] of the last step
         self._padding = np.zeros(0, dtype=np.int64)
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the guided policy.
 
         Args:
@@ -141,10 +141,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         engine = ValueEngine(
             self._models,
             num_slots=batch,
-            max_length=min(
-                config.backbone_config.get_text_config().max_position_embeddings  # type: ignore
-                for config in configs
-            ),
+            max_length=min(config.text_config.max_position_embeddings for config in configs),
             device=device,
             dtype=self._dtype or default,
             kv_cache_memory=self._kv_cache_memory,
@@ -159,10 +156,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         """Number of padding tokens before each row's prompt, `[batch]` int64."""
         batch = len(tokens)
         if self.attention_mask is None:
-            pads = {
-                model.config.backbone_config.pad_token_id  # type: ignore[union-attr]
-                for model in self._models
-            }
+            pads = {model.config.text_config.pad_token_id for model in self._models}
             if batch > 1 and any((tokens[:, 0] == pad).any() for pad in pads if pad is not None):
                 raise ValueError(
                     "a prompt starts with the padding token: pass the attention_mask that "

@@ -51,7 +51,7 @@ class MAVISValueConfig(PreTrainedConfig):
     """
 
     model_type = "mavis_value"
-    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"backbone_config": AutoConfig}  # type: ignore[dict-item]  # noqa: RUF012
 
     backbone_config: dict | PreTrainedConfig | None = None
     objectives: list[str] | None = None
@@ -93,9 +93,15 @@ class MAVISValueConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def text_config(self) -> Any:
+        """The backbone's configuration, or the text part of it."""
+        assert isinstance(self.backbone_config, PreTrainedConfig)
+        return self.backbone_config.get_text_config()
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the backbone's token embedding."""
-        return self.backbone_config.get_text_config().vocab_size  # type: ignore[union-attr]
+        return self.text_config.vocab_size
 
 
 @dataclass
@@ -106,7 +112,7 @@ class MAVISValueOutput(ModelOutput):
         values: `[batch, length, n_objectives]` float32, standardised value after each token.
     """
 
-    values: torch.FloatTensor | None = None
+    values: torch.Tensor | None = None
 
 
 class MAVISValueModel(PreTrainedModel):
@@ -119,6 +125,7 @@ class MAVISValueModel(PreTrainedModel):
         ValueError: The configuration names no backbone or no objective.
     """
 
+    config: MAVISValueConfig
     config_class = MAVISValueConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -134,8 +141,7 @@ class MAVISValueModel(PreTrainedModel):
                 "MAVISValueModel.from_base_model makes both from a base model"
             )
         self.backbone = AutoModel.from_config(config.backbone_config)
-        hidden_size = config.backbone_config.get_text_config().hidden_size
-        self.head = nn.Linear(hidden_size, len(config.objectives))
+        self.head = nn.Linear(config.text_config.hidden_size, len(config.objectives))
         self.post_init()
         # Zero predicts the mean standardised reward for every prefix: no guidance before training.
         nn.init.zeros_(self.head.weight)
@@ -167,9 +173,9 @@ class MAVISValueModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MAVISValueOutput:
         """Value after every token of a padded batch; `engine` computes the same incrementally.
@@ -216,11 +222,10 @@ class MAVISValueModel(PreTrainedModel):
         Raises:
             ValueError: `num_hidden_layers` is out of range.
         """
+        full: Any = base_model
         if isinstance(base_model, str):
-            name = base_model
             full = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype)
-        else:
-            full, name = base_model, base_model.config.name_or_path
+        name = full.config.name_or_path
         backbone_config = copy.deepcopy(full.config.get_text_config())
         depth = backbone_config.num_hidden_layers
         kept = depth if num_hidden_layers is None else num_hidden_layers
@@ -239,7 +244,8 @@ class MAVISValueModel(PreTrainedModel):
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
             **config_fields,
         )
-        model = cls(config).to(dtype)
+        model: Any = cls(config)
+        model.to(dtype)
         own = model.backbone.state_dict()
         decoder = full.get_decoder() if hasattr(full, "get_decoder") else full.base_model
         copied = {name: w for name, w in decoder.state_dict().items() if name in own}
@@ -267,7 +273,7 @@ class MAVISValueModel(PreTrainedModel):
                 "pickled weights are never loaded: save it with save_pretrained"
             )
         try:
-            model, info = cls.from_pretrained(
+            loaded: Any = cls.from_pretrained(
                 name_or_path,
                 config=config,
                 use_safetensors=True,
@@ -279,6 +285,7 @@ class MAVISValueModel(PreTrainedModel):
                 f"value model {name_or_path!r}: its weights cannot be read ({error}); "
                 "copy or train it again"
             ) from error
+        model, info = loaded
         broken = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         if broken:
             raise ValueError(
@@ -359,7 +366,7 @@ def model_card(config: MAVISValueConfig) -> str:
     )
     rows = "\n".join(f"| {name} | {mean:.4g} | {std:.4g} |" for name, mean, std in objectives)
     base = config.base_model or "BASE_MODEL"
-    backbone = config.backbone_config.get_text_config()  # type: ignore[union-attr]
+    backbone = config.text_config
     served = json.dumps({"mavis": {"value_models": ["THIS_MODEL"]}})
     made = json.dumps(config.provenance or {}, indent=2)
     return f"""---

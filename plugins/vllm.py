@@ -213,8 +213,9 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             if request.slot < 0:
                 request.slot = self._free_slots.pop()
                 self._guide.start(request.slot, request.params)
-        self._rows = np.array(sorted(self._requests), dtype=np.int64)
-        self._slots = np.array([self._requests[row].slot for row in self._rows], dtype=np.int64)
+        rows = sorted(self._requests)
+        self._rows = np.array(rows, dtype=np.int64)
+        self._slots = np.array([self._requests[row].slot for row in rows], dtype=np.int64)
 
     def _new_request(
         self, sampling_params: SamplingParams, prompt: list[int] | None, output: list[int]
