@@ -136,7 +136,7 @@ def measure(name: str, seeds: int, quick: bool) -> dict[str, tp.Any]:
     )
     if not name.endswith("m/2"):
         for other in NEVERGRAD:
-            # With Nevergrad's standard mutation, 1, CMA and DE cost several times more, TBPSA as much.
+            # With Nevergrad's standard mutation, 1, CMA and DE cost several times more.
             optimizer(other, ng.optimizers.registry[other], m + 1, few, sigma=0.1)
     rows: dict[str, tp.Any] = {}
     descent = {}
