@@ -105,7 +105,7 @@ def test_value_of_good_is_above_that_of_bad(trained):
     ids = [VOCABULARY.index(word) for word in ("good", "bad", "red", "blue")]
     prefix = [VOCABULARY.index("a"), VOCABULARY.index("b")]
     with torch.inference_mode():
-        values = made.model.eval()(torch.tensor([[*prefix, i] for i in ids])).values[:, -1]
+        values = made.model.eval()(torch.tensor([[*prefix, i] for i in ids])).logits[:, -1]
     assert values[0, 0] > values[1, 0] + 0.1
     assert values[2, 1] > values[3, 1] + 0.1
 
@@ -142,7 +142,7 @@ def test_loss_is_that_of_every_labelled_token(base_model, tmp_path):
             batch = made.data_collator([sequence])
             values = made.model(
                 batch["input_ids"], batch["attention_mask"], batch["position_ids"]
-            ).values[0]
+            ).logits[0]
             for value, label in zip(values.tolist(), sequence["labels"].tolist()):
                 errors += [(v - y) ** 2 for v, y in zip(value, label) if y == y]
     assert loss.item() == pytest.approx(np.mean(errors), rel=1e-4)
@@ -220,7 +220,7 @@ def test_lora_trains_adapter_and_head_and_saves_them_merged(base_model, tmp_path
     ids = torch.tensor([[4, 8, 9, 10]])
     with torch.inference_mode():
         torch.testing.assert_close(
-            model(ids).values, made.model.eval()(input_ids=ids).values, atol=1e-5, rtol=1e-4
+            model(ids).logits, made.model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4
         )
     assert model.config.reward_std == made.value_config.reward_std
     resumed = trainer(base_model, tmp_path, peft_config=lora, **fields)
@@ -427,3 +427,14 @@ def test_every_field_is_documented_and_has_the_same_help():
         assert f" {field.name} (`" in documentation
         first_sentence = field.metadata["help"].split(". ")[0]
         assert plain(first_sentence) in plain(documentation)
+
+
+def test_example_of_the_class_runs(base_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = MAVISTrainer.__doc__.split("```python\n")[1].split("```")[0]
+    lines = [line.strip() for line in example.splitlines() if line.strip()]
+    code = "\n".join(line[4:] for line in lines)
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", base_model)
+    code = code.replace('output_dir="value-model"', 'output_dir="value-model", num_hidden_layers=1')
+    exec(code, {})
+    assert MAVISValueModel.load("value-model").config.objectives == ["brevity"]

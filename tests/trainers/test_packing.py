@@ -99,7 +99,7 @@ def test_packed_values_are_those_of_the_responses_alone(trees, value_model, max_
     with torch.inference_mode():
         packed = value_model(
             batch["input_ids"], batch["attention_mask"], batch["position_ids"]
-        ).values
+        ).logits
         for i, sequence in enumerate(sequences):
             for end in range(len(sequence["input_ids"])):
                 seen = (
@@ -107,7 +107,7 @@ def test_packed_values_are_those_of_the_responses_alone(trees, value_model, max_
                     if additive
                     else (batch["attention_mask"][i, 0, end])
                 )
-                alone = value_model(batch["input_ids"][i, seen][None]).values[0, -1]
+                alone = value_model(batch["input_ids"][i, seen][None]).logits[0, -1]
                 torch.testing.assert_close(packed[i, end], alone, atol=1e-5, rtol=1e-4)
 
 
