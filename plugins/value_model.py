@@ -109,10 +109,12 @@ class MAVISValueOutput(ModelOutput):
     """Output of a [`MAVISValueModel`].
 
     Attributes:
-        values: `[batch, length, n_objectives]` float32, standardised value after each token.
+        logits: `[batch, length, n_objectives]` float32, standardised value after each token. The
+            name is transformers' own for what a head returns; `values` would hide the method of
+            the mapping that every model output is.
     """
 
-    values: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class MAVISValueModel(PreTrainedModel):
@@ -194,7 +196,7 @@ class MAVISValueModel(PreTrainedModel):
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
-        return MAVISValueOutput(values=self.read_head(hidden))
+        return MAVISValueOutput(logits=self.read_head(hidden))
 
     @classmethod
     def from_base_model(

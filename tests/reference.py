@@ -34,7 +34,7 @@ class Reference:
         continued = torch.cat(
             (torch.tensor([list(prefix)]).expand(top_k, -1), candidates[:, None]), dim=1
         )
-        values = torch.cat([model(continued).values[:, -1] for model in self.values], dim=1)
+        values = torch.cat([model(continued).logits[:, -1] for model in self.values], dim=1)
         score = top + beta * (values.double() @ torch.tensor(weights, dtype=torch.float64))
         return dict(zip(candidates.tolist(), torch.softmax(score, 0).tolist()))
 

@@ -445,7 +445,7 @@ class MAVISTrainer(Trainer):
             attention_mask=inputs["attention_mask"],
             position_ids=inputs["position_ids"],
         )
-        values, labels = outputs.values, inputs["labels"]
+        values, labels = outputs.logits, inputs["labels"]
         known = ~labels[..., 0].isnan()
         loss = (values[known] - labels[known]).square().mean()
         with torch.no_grad():

@@ -64,7 +64,7 @@ def plain(model: MAVISValueModel) -> MAVISValueModel:
 @torch.no_grad()
 def full_forward(models, prefix, candidates) -> torch.Tensor:
     tokens = torch.tensor([[*prefix, c] for c in candidates])
-    return torch.cat([model(tokens).values[:, -1] for model in models], dim=1)
+    return torch.cat([model(tokens).logits[:, -1] for model in models], dim=1)
 
 
 def engine_values(engine, sequences, slots, candidates):

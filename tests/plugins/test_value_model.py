@@ -30,7 +30,7 @@ def test_the_backbone_is_the_base_models_first_blocks(base_model):
     hidden = base.model(IDS, output_hidden_states=True).hidden_states[2]
     expected = base.model.norm(hidden)
     torch.testing.assert_close(model.backbone(IDS).last_hidden_state, expected)
-    assert model(IDS).values.abs().max() == 0  # an untrained model guides nowhere
+    assert model(IDS).logits.abs().max() == 0  # an untrained model guides nowhere
     whole = MAVISValueModel.from_base_model(base, ["a"], num_hidden_layers=None)
     assert whole.config.backbone_config.num_hidden_layers == 3
 
@@ -55,7 +55,7 @@ def test_saved_models_come_back_whole(tmp_path, base_model):
     model = MAVISValueModel.load(str(folder))
     again = AutoModel.from_pretrained(folder)
     assert type(again) is MAVISValueModel
-    torch.testing.assert_close(again(IDS).values, model(IDS).values, rtol=0, atol=0)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=0)
     config = AutoConfig.from_pretrained(folder)
     assert (config.objectives, config.reward_mean, config.reward_std, config.top_k) == (
         ["a", "b"],
@@ -73,12 +73,12 @@ def test_saved_models_come_back_whole(tmp_path, base_model):
 def test_padding_that_is_the_end_of_sequence_token_changes_nothing(value_model):
     model = MAVISValueModel.load(str(value_model))
     response = torch.tensor([[5, 6, 7, 2]])  # the last token is a real end of sequence
-    alone = model(response).values
+    alone = model(response).logits
     for padded, mask, where in (
         ([[2, 2, 5, 6, 7, 2]], [[0, 0, 1, 1, 1, 1]], slice(2, 6)),
         ([[5, 6, 7, 2, 2, 2]], [[1, 1, 1, 1, 0, 0]], slice(0, 4)),
     ):
-        values = model(torch.tensor(padded), attention_mask=torch.tensor(mask)).values
+        values = model(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits
         torch.testing.assert_close(values[:, where], alone, rtol=0, atol=1e-5)
     assert (alone[0, -1] - alone[0, -2]).abs().max() > 1e-3
 

@@ -167,7 +167,7 @@ def test_sampled_first_tokens_have_the_guided_distribution(llm, reference, tempe
     )
     with torch.no_grad():
         continued = torch.tensor([[*prompt, token] for token, _ in log_ref])
-        values = reference.values[0](continued).values[:, -1].double()
+        values = reference.values[0](continued).logits[:, -1].double()
     scores = torch.tensor([x for _, x in log_ref], dtype=torch.float64)
     scores = (scores + BETA * values @ torch.tensor(weights, dtype=torch.float64)) / temperature
     expected = torch.softmax(scores, 0) * count
