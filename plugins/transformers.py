@@ -31,7 +31,6 @@ class MAVISLogitsProcessor(LogitsProcessor):
         attention_mask: `[batch, prompt_length]`, the mask given to `generate`. Needed when prompts
             are padded on the left; may be set between calls.
         tokenizer: The base model's, to check that the value models were trained with it.
-        device: Where the value models run; by default the base model's device.
         dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
         kv_cache_memory_gib: Upper bound of the value models' key-value store.
 
@@ -54,7 +53,6 @@ class MAVISLogitsProcessor(LogitsProcessor):
         kl_budget: float | None = None,
         attention_mask: torch.Tensor | None = None,
         tokenizer: Any = None,
-        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         kv_cache_memory_gib: float = 1.0,
     ) -> None:
@@ -80,7 +78,6 @@ class MAVISLogitsProcessor(LogitsProcessor):
             kl_budget=kl_budget,
         )
         self.attention_mask = attention_mask
-        self._device = device
         self._dtype = dtype
         self._kv_cache_memory = int(kv_cache_memory_gib * GIB)
         self._guide: Guide | None = None
@@ -120,7 +117,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
             scores,
             np.arange(batch),
             length - padding,
-            input_ids[:, -1].to(guide.engine.device),
+            input_ids[:, -1],
             lambda slot, start, stop: tokens[slot, padding[slot] + start : padding[slot] + stop],
         )
         return torch.full_like(scores, -torch.inf).scatter_(1, candidates, log_policy)
@@ -136,13 +133,12 @@ class MAVISLogitsProcessor(LogitsProcessor):
                     f"the value model for {config.objectives} has a vocabulary of "
                     f"{config.vocab_size} tokens, the base model has {scores.shape[-1]}"
                 )
-        device = torch.device(self._device or scores.device)
-        default = torch.float32 if device.type == "cpu" else torch.bfloat16
+        default = torch.float32 if scores.device.type == "cpu" else torch.bfloat16
         engine = ValueEngine(
             self._models,
             num_slots=batch,
             max_length=min(config.text_config.max_position_embeddings for config in configs),
-            device=device,
+            device=scores.device,
             dtype=self._dtype or default,
             kv_cache_memory=self._kv_cache_memory,
         )

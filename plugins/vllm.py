@@ -264,6 +264,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             ctx.idx_mapping_np[rows].astype(np.int64),
             ctx.seq_lens_upper_bound_np[rows].astype(np.int64),  # exact without speculation
             tokens,
+            # Waits for the device, but is only asked for prefixes that are not stored yet.
             lambda slot, start, stop: stored[slot, start:stop].long().cpu(),
         )
 
