@@ -41,7 +41,8 @@ class Round:
             variant) that the estimate leaves unexplained: a ratio of norms, 0 for a perfect fit
             and 1 for none.
         measurements: evaluations that the estimate rests on, the base point included.
-        lost: evaluations asked for in the round and not used: unanswered, or failed.
+        lost: evaluations asked for in the round and not used: unanswered, failed, or rejected by a
+            cheap constraint.
         perturbation: mean Euclidean length of the perturbations, in standardised space.
         step: Euclidean length of the step taken; 0 for a skipped round.
         skipped: why no step was taken, or an empty string.
@@ -362,7 +363,7 @@ class _CONGO(base.Optimizer):
     def _estimate_cosamp(
         self, told: np.ndarray, differences: FloatArray
     ) -> tuple[FloatArray, np.ndarray, float]:
-        """Variants E and Z (Algorithms 2 and 3): directional derivatives, then CoSaMP."""
+        """Variants E and Z (CONGO-E, CONGO-Z): directional derivatives, then CoSaMP."""
         lengths = np.array([self._lengths[i - 1] for i in told])
         if self._bounded:  # a perturbation that a bound cut is measured as cut
             rows = np.stack([self._perturbation(int(i)) for i in told]) / lengths[:, None]
@@ -384,7 +385,7 @@ class _CONGO(base.Optimizer):
     def _estimate_b(
         self, told: np.ndarray, differences: FloatArray
     ) -> tuple[FloatArray, np.ndarray, float]:
-        """Variant B (Algorithm 1): averaged simultaneous perturbations, then basis pursuit.
+        """Variant B (CONGO-B): averaged simultaneous perturbations, then basis pursuit.
 
         The error allowed is the standard error of the averages, taken from their spread.
         """
@@ -504,7 +505,20 @@ class _CONGO(base.Optimizer):
             return f"gradient norm {norm:.3g} is above max_gradient_norm {c.max_gradient_norm:.3g}"
         rate = c.learning_rate
         rate = float(rate(self.num_rounds) if callable(rate) else rate)
-        self._x = self._project(self._x - (rate / norm if c.normalize else rate) * gradient)
+        x = self._project(self._x - (rate / norm if c.normalize else rate) * gradient)
+        if not self.parametrization.can_skip_constraints():
+            # Nevergrad rejects candidates that violate a cheap constraint; at an iterate that does,
+            # no round could begin.
+            halvings = 0
+            while (
+                not self.parametrization.spawn_child()
+                .set_standardized_data(x)
+                .satisfies_constraints()
+            ):
+                x, halvings = (x + self._x) / 2, halvings + 1
+                if halvings == 20:
+                    return "no part of the step satisfies the constraints"
+        self._x = x
         return ""
 
     def _project(self, x: FloatArray) -> FloatArray:
@@ -562,7 +576,7 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
             dimensions.
         sparsity: entries of the gradient that matter at a time. B, Z and E recover that many (B:
             only through ``num_measurements``). Default: a tenth of the dimension, 1 to 10.
-        num_measurements: ``m``; default ``ceil(2 s ln(d / s))`` (section 4), at most ``d``; the
+        num_measurements: ``m``; default ``ceil(2 s ln(d / s))``, at most ``d``; the
             adaptive variant takes ``num_workers - 1`` if that is more, up to ``d``.
         num_perturbations: simultaneous perturbations of a round in variant B; default ``3 m``.
         learning_rate: step size, or a function of the number of completed rounds (a module-level

@@ -65,7 +65,7 @@ def cosamp(
     max_iterations: int = 20,
     tolerance: float = 1e-10,
 ) -> Recovery:
-    """Compressive sampling matching pursuit (Needell and Tropp 2009, Algorithm 1).
+    """Compressive sampling matching pursuit (CoSaMP; Needell and Tropp 2009).
 
     Each iteration joins the ``2 * sparsity`` columns most correlated with the residual to the
     current support, fits by least squares (the shortest fit, where the measurements cannot tell the
@@ -235,7 +235,7 @@ def sparse_regression(
     For every size ``k`` a support is searched greedily: the best column joins, then columns are
     exchanged as in subspace pursuit (Dai and Milenkovic 2009). The supports found are averaged with
     the weight of their posterior probability: the marginal likelihood of the linear model under
-    Zellner's g-prior with the empirical-Bayes ``g`` (Liang et al. 2008, section 2.4), times a prior
+    Zellner's g-prior with the empirical-Bayes ``g`` (Liang et al. 2008), times a prior
     that is uniform over sizes and, within a size, over the ``C(dimension, k)`` supports. A
     support's coefficients are least squares shrunk by ``g / (1 + g)``; the empty one takes part
     with zeros, so measurements that say nothing return (almost) nothing.

@@ -324,6 +324,22 @@ def test_sparse_gradient_is_found_at_a_bound():
     np.testing.assert_allclose(optimizer.gradient, expected, atol=1e-6)
 
 
+def below(x):
+    return bool(x[0] <= 0.3)
+
+
+def test_cheap_constraints_hold_and_do_not_stop_the_rounds():
+    array = ng.p.Array(shape=(20,))
+    array.register_cheap_constraint(below)
+    optimizer = make(array, variant="adaptive")
+    for _ in range(60):
+        run_round(optimizer, lambda x: float((x[0] - 0.5) ** 2 + (x[1] + 0.8) ** 2))
+        assert below(optimizer.recommend().value)
+    # Steps are shortened, not bent: the boundary is reached, the optimum along it need not be.
+    value = optimizer.recommend().value
+    assert value[0] == pytest.approx(0.3, abs=1e-3) and value[1] < -0.3
+
+
 def test_standardized_bounds():
     parametrization = ng.p.Dict(
         log=ng.p.Log(init=1.0, lower=0.1, upper=10.0),
