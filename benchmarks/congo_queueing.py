@@ -1,6 +1,6 @@
 """Queueing networks: CONGO, its paper's variants, gradient baselines, PPO and Nevergrad.
 
-The six settings of the CONGO paper (arXiv 2407.06325, section 5.2): jobs with Poisson arrivals are
+The six settings of the CONGO paper (arXiv 2407.06325): jobs with Poisson arrivals are
 routed by type through single-server first-come-first-served services of deterministic service time
 ``1 / (allocation + 0.1)``; the cost is the mean end-to-end latency plus the sum of the allocations.
 The networks have no loops, so a window is simulated service by service with a vectorised Lindley
