@@ -96,7 +96,7 @@ def _calling_config() -> VllmConfig:
     """The config of the vLLM engine that is calling `validate_params`.
 
     vLLM passes the hook nothing but the request, and a process may hold several engines: the
-    engine's input processor is looked for up the stack (vLLM 0.32 and 0.33: two or three frames).
+    engine's input processor is looked for up the stack (vLLM 0.32: two or three frames).
     """
     frame = sys._getframe(2)
     while frame is not None:
@@ -106,7 +106,7 @@ def _calling_config() -> VllmConfig:
         frame = frame.f_back  # type: ignore[assignment]
     raise ValueError(
         f"this version of vLLM does not show its configuration to logits processors: {PREFIX}* "
-        "arguments cannot be checked and are refused; install vLLM 0.32 or 0.33"
+        "arguments cannot be checked and are refused; install vLLM 0.32"
     )
 
 
