@@ -163,40 +163,41 @@ class MAVISTrainer(Trainer):
         self._collected = False
 
         set_seed(args.seed)
+        value_model: Any = model
         if isinstance(model, str):
             init_kwargs: dict[str, Any] = {"dtype": "auto", **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
-            model = MAVISValueModel.from_base_model(
+            value_model = MAVISValueModel.from_base_model(
                 AutoModelForCausalLM.from_pretrained(model, **init_kwargs),
                 self.objectives,
                 num_hidden_layers=args.num_hidden_layers,
                 tokenizer=processing_class,
             )
-        elif list(model.config.objectives or []) != self.objectives:
+        elif list(value_model.config.objectives or []) != self.objectives:
             raise ValueError(
-                f"the value model has the objectives {model.config.objectives}, `reward_funcs` "
+                f"the value model has the objectives {value_model.config.objectives}, `reward_funcs` "
                 f"{self.objectives}; they must be the same in the same order"
             )
         if args.top_k:
-            model.config.top_k = args.top_k
+            value_model.config.top_k = args.top_k
         vocabulary = tokenizer_fingerprint(processing_class)
-        if (model.config.tokenizer_fingerprint or vocabulary) != vocabulary:
+        if (value_model.config.tokenizer_fingerprint or vocabulary) != vocabulary:
             raise ValueError(
                 "`processing_class` has another vocabulary than the tokenizer that the value model "
                 f"was made for; use the tokenizer of its base model {base_model!r}"
             )
-        model.config.tokenizer_fingerprint = vocabulary
-        self.value_config = model.config
+        value_model.config.tokenizer_fingerprint = vocabulary
+        self.value_config = value_model.config
         self.eos_token_ids = end_tokens(base_model, processing_class)
-        model.get_input_embeddings().requires_grad_(args.train_embeddings)
-        attention = model.backbone.config._attn_implementation
+        value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
+        attention = value_model.backbone.config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ValueError(
                 f"the backbone uses attn_implementation={attention!r}, which takes no mask of a "
                 "tree; set model_init_kwargs={'attn_implementation': 'sdpa'}"
             )
         if peft_config is not None:
-            model = wrap_backbone(model, peft_config)
-            model.get_input_embeddings().requires_grad_(args.train_embeddings)
+            value_model = wrap_backbone(value_model, peft_config)
+            value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
 
         self._prompt_ids = {}
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
@@ -207,7 +208,7 @@ class MAVISTrainer(Trainer):
         self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
 
         super().__init__(
-            model=model,
+            model=value_model,
             args=args,
             data_collator=DataCollatorForTrees(
                 # Any token will do, the mask hides it.
@@ -406,7 +407,7 @@ class MAVISTrainer(Trainer):
         error = (packed - alone).norm() / alone.norm()
         if not error < 0.05:
             raise ValueError(
-                f"the backbone {self.value_config.backbone_config.model_type!r} does not follow "
+                f"the backbone {self.value_config.text_config.model_type!r} does not follow "
                 f"the mask of a tree (relative error {error:.2g}), so it cannot be trained on "
                 "trees; use a backbone with full attention"
             )
