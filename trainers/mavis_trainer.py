@@ -174,8 +174,8 @@ class MAVISTrainer(Trainer):
             )
         elif list(value_model.config.objectives or []) != self.objectives:
             raise ValueError(
-                f"the value model has the objectives {value_model.config.objectives}, `reward_funcs` "
-                f"{self.objectives}; they must be the same in the same order"
+                f"the value model has the objectives {value_model.config.objectives}, "
+                f"`reward_funcs` {self.objectives}; they must be the same in the same order"
             )
         if args.top_k:
             value_model.config.top_k = args.top_k
