@@ -169,9 +169,10 @@ class MAVISValueModel(PreTrainedModel):
         Returns:
             `[..., n_objectives]` float32.
         """
-        return torch.nn.functional.linear(
-            hidden.float(), self.head.weight.float(), self.head.bias.float()
-        )
+        with torch.autocast(hidden.device.type, enabled=False):  # it would round to half precision
+            return nn.functional.linear(
+                hidden.float(), self.head.weight.float(), self.head.bias.float()
+            )
 
     def forward(
         self,

@@ -83,6 +83,17 @@ def test_padding_that_is_the_end_of_sequence_token_changes_nothing(value_model):
     assert (alone[0, -1] - alone[0, -2]).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_values_are_float32_in_half_precision_too(value_model):
+    model = MAVISValueModel.load(str(value_model), dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.backbone(IDS).last_hidden_state
+        values = model.read_head(hidden)
+    assert values.dtype == torch.float32
+    expected = hidden.double() @ model.head.weight.double().T + model.head.bias.double()
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_another_model_type_is_refused(base_model):
     with pytest.raises(ValueError, match="is not a value model: its config has model_type 'llama'"):
         MAVISValueModel.load(str(base_model))
