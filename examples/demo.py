@@ -106,7 +106,10 @@ async def sample(address: str, base: Path, prompts: list[Any], path: Path) -> li
     """Responses of every setting to every prompt, appended to `path` as they come."""
     from openai import AsyncOpenAI
 
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    text = text[: text.rfind("\n") + 1]  # without the line that an interruption cut off
+    path.write_text(text)
+    done = [json.loads(line) for line in text.splitlines()]
     known = {(r["setting"], r["prompt"], r["sample"]) for r in done}
     jobs = [
         (setting, i, s)
@@ -324,8 +327,12 @@ def main() -> None:
     prompts = [row["prompt"] for row in rows if row["split"] == "test"][:TEST_PROMPTS]
 
     stage(f"serving and sweeping the weights over HTTP (log: {out / 'vllm.log'})")
+    stored = out / "responses.jsonl"
+    trained = (value_model / "model.safetensors").stat().st_mtime
+    if stored.exists() and stored.stat().st_mtime < trained:
+        stored.unlink()  # another value model's
     with serve(base, value_model, out / "vllm.log") as address:
-        responses = asyncio.run(sample(address, base, prompts, out / "responses.jsonl"))
+        responses = asyncio.run(sample(address, base, prompts, stored))
 
     stage("measuring rewards and KL")
     result = measure(prompts, responses)
