@@ -189,7 +189,7 @@ def response_kl(base: Path, value_model: Path, responses: list[dict[str, Any]]) 
             torch.tensor([prefixes[i][-1] for i in rows]),
             lambda slot, start, stop, prefixes=prefixes: prefixes[slot][start:stop],
         )
-        total[rows] += step_kl(log_policy, step.gather(1, candidates) - scale[:, None]).numpy()
+        total[rows] += step_kl(log_policy, step.gather(1, candidates) - scale).numpy()
     return total
 
 

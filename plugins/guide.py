@@ -24,7 +24,6 @@ class Guide:
     def __init__(self, engine: ValueEngine, num_slots: int) -> None:
         self.engine = engine
         self.guided = np.zeros(num_slots, dtype=bool)
-        self._top_k = np.zeros(num_slots, dtype=np.int64)
         # A slot's weights, then beta, top_k and the KL budget: one copy to the device a step.
         self._params = np.zeros((num_slots, len(engine.objectives) + 3), dtype=np.float32)
 
@@ -32,7 +31,6 @@ class Guide:
         """Begin a new sequence in `slot`; returns whether it is guided at all."""
         self.engine.release(slot)
         self.guided[slot] = params.guides
-        self._top_k[slot] = params.top_k
         budget = np.inf if params.kl_budget is None else params.kl_budget
         self._params[slot] = (*params.weights, params.beta, params.top_k, budget)
         return params.guides
@@ -57,11 +55,12 @@ class Guide:
 
         Returns:
             `candidates` `[batch, k]` int64, `log pi` `[batch, k]` float32, normalised, and the
-            log-sum-exp of the candidates' logits `[batch]`.
+            log-sum-exp of the row's own candidates' logits `[batch, 1]`.
         """
-        top_k = self._top_k[slots]
+        chosen = self._params[slots]
+        top_k = chosen[:, -2]
         max_k = int(top_k.max())
-        host = torch.from_numpy(self._params[slots])
+        host = torch.from_numpy(chosen)
         if logits.device.type == "cuda":
             host = host.pin_memory()  # so that the copy does not wait for the device
         params = host.to(logits.device, non_blocking=True)
@@ -70,9 +69,10 @@ class Guide:
             logits, max_k, k.long() if (top_k < max_k).any() else None
         )
         values = self.engine.values(slots, lengths, last_tokens, candidates, history)
-        limited = np.isfinite(self._params[slots, -1]).any()
+        limited = np.isfinite(chosen[:, -1]).any()
         log_policy = guide(log_probs, values, weights, beta, budget if limited else None)
-        scale = torch.logsumexp(logits.gather(1, candidates), dim=1)
+        # The first candidate is every row's own, whatever the largest k of the batch.
+        scale = logits.gather(1, candidates[:, :1]) - log_probs[:, :1]
         return candidates, log_policy, scale
 
     def apply(
@@ -95,7 +95,7 @@ class Guide:
             index = torch.from_numpy(rows).to(logits.device)
             guided = logits[index]
         candidates, log_policy, scale = self.log_probs(guided, slots, lengths, last_tokens, history)
-        guided.fill_(-torch.inf).scatter_(1, candidates, log_policy + scale[:, None])
+        guided.fill_(-torch.inf).scatter_(1, candidates, log_policy + scale)
         if guided is not logits:
             logits[index] = guided
         return logits

@@ -313,6 +313,26 @@ def test_unguided_rows_are_bit_identical(base_model, value_model):
     assert out[[0, 2]].equal(logits[[0, 2]]) and not out[1].equal(logits[1])
 
 
+def test_a_rows_logits_do_not_depend_on_its_neighbours(base_model, value_model):
+    """To the scale, which the penalties that vLLM applies afterwards depend on."""
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+    torch.manual_seed(0)
+    logits = torch.randn(2, VOCAB_SIZE)
+    requests = [
+        (i, sampling((1.0, 0.0), extra_args={"mavis_top_k": k}), [5, 6 + i], [])
+        for i, k in enumerate((3, 40))
+    ]
+    rows = []
+    for added in (requests, requests[:1]):
+        processor = v1_processor(base_model, {"value_models": [str(value_model)]})
+        processor.update_state(BatchUpdate(len(added), [], added, []))
+        rows.append(processor.apply(logits[: len(added)].clone())[0])
+    torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-5)
+    kept = logits[0].topk(3).values
+    torch.testing.assert_close(rows[0].logsumexp(0), kept.logsumexp(0))
+
+
 @pytest.mark.parametrize(
     ("mavis", "message"),
     [
