@@ -9,7 +9,7 @@ gives. The engine knows nothing of requests, weights or host engines.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,21 +42,37 @@ class Step:
     positions: torch.Tensor  # [batch, queries] int64
     lengths: torch.Tensor  # [batch] int64, prefix tokens in the store once `write` is done
     ragged: bool  # whether some prefix is shorter than `length`
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)  # by window
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask `[batch, 1, queries or 1, length]`, or None if every key is visible."""
+    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The layers' additive mask, made once for each window of attention.
+
+        Returns:
+            `[batch, 1, groups * queries or 1, length]`, or None if every key is visible.
+        """
+        if window not in self.masks:
+            visible = self._visible(window)
+            if visible is not None and visible.shape[2] > 1:
+                visible = visible.repeat(1, 1, groups, 1)
+            self.masks[window] = (
+                None
+                if visible is None
+                else torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+            )
+        return self.masks[window]
+
+    def _visible(self, window: int | None) -> torch.Tensor | None:
+        """Whether a query sees a stored key, `[batch, 1, queries or 1, length]`."""
         keys = torch.arange(self.read.shape[1], device=self.read.device)
         if self.written == 1 and window is None:
             if not self.ragged:
                 return None
-            visible = (keys < self.lengths[:, None])[:, None, None]
-        else:
-            last = torch.minimum(self.positions + 1, self.lengths[:, None])
-            visible = keys < last[..., None]
-            if window is not None:
-                visible &= keys > self.positions[..., None] - window
-            visible = visible[:, None]
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+            return (keys < self.lengths[:, None])[:, None, None]
+        last = torch.minimum(self.positions + 1, self.lengths[:, None])
+        visible = keys < last[..., None]
+        if window is not None:
+            visible &= keys > self.positions[..., None] - window
+        return visible[:, None]
 
 
 def paged_attention(
@@ -99,9 +115,7 @@ def paged_attention(
 
     k = keys[step.read].transpose(1, 2)  # [batch, kv_heads, length, dim]
     v = values[step.read].transpose(1, 2)
-    mask = step.mask(sliding_window, q.dtype)
-    if mask is not None and mask.shape[2] > 1:
-        mask = mask.repeat(1, 1, groups, 1)
+    mask = step.mask(sliding_window, groups, q.dtype)
     folded = q.reshape(batch, kv_heads, groups * queries, dim)
     out, lse = _attend(folded, k, v, mask, scaling, softcap)
     out = out.view(batch, kv_heads, groups, queries, dim)
@@ -219,10 +233,9 @@ class ValueEngine:
             )
         self._free = list(range(num_blocks, 0, -1))
         self._num_blocks = num_blocks
-        self._table = np.zeros(
-            (num_slots, blocks_each), dtype=np.int64
-        )  # a slot's blocks, in order
-        self._held = np.zeros(num_slots, dtype=np.int64)  # number of them
+        # A slot's blocks, in order, and the number of them.
+        self._table = np.zeros((num_slots, blocks_each), dtype=np.int64)
+        self._held = np.zeros(num_slots, dtype=np.int64)
         self._cached = np.zeros(num_slots, dtype=np.int64)  # prefix tokens whose keys are stored
         self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
         self._clock = 0
@@ -266,39 +279,19 @@ class ValueEngine:
             raise ValueError(
                 f"prefix lengths must be 1 to {self.max_length}, got {lengths.tolist()}"
             )
-        self._clock += 1
-        groups = self._fitting(lengths)
-        if len(groups) == 1:
-            return self._group_values(slots, lengths, last_tokens, candidates, history)
-        parts = [
-            self._group_values(slots[g], lengths[g], last_tokens[g], candidates[g], history)
-            for g in groups
-        ]
-        return torch.cat(parts)
-
-    def _fitting(self, lengths: np.ndarray) -> list[slice]:
-        """Split the batch where its prefixes would not fit into the store together."""
         blocks = -(-lengths // BLOCK_SIZE)
-        if blocks.sum() <= self._num_blocks:
-            return [slice(None)]
-        groups, start, total = [], 0, 0
-        for i, need in enumerate(blocks.tolist()):
-            if total + need > self._num_blocks:
-                groups.append(slice(start, i))
-                start, total = i, 0
-            total += need
-        return [*groups, slice(start, len(blocks))]
-
-    def _group_values(
-        self,
-        slots: np.ndarray,
-        lengths: np.ndarray,
-        last_tokens: torch.Tensor,
-        candidates: torch.Tensor,
-        history: History,
-    ) -> torch.Tensor:
+        if (
+            blocks.sum() > self._num_blocks
+        ):  # prefixes that do not fit together go one after another
+            cut = len(slots) // 2
+            halves = (
+                self.values(slots[h], lengths[h], last_tokens[h], candidates[h], history)
+                for h in (slice(cut), slice(cut, None))
+            )
+            return torch.cat(tuple(halves))
+        self._clock += 1
         self._used[slots] = self._clock
-        self._allocate(slots, lengths)
+        self._allocate(slots, blocks)
         pending = np.flatnonzero(self._cached[slots] < lengths - 1)
         if pending.size:
             self._prefill(slots[pending], lengths[pending] - 1, history)
@@ -306,27 +299,22 @@ class ValueEngine:
         positions = np.repeat(lengths[:, None], tokens.shape[1], axis=1)
         positions[:, 0] -= 1
         write = self._places(slots, positions[:, :1])
-        parts = self._forward(tokens, positions, slots, lengths, write)
+        hidden = self._forward(tokens, positions, slots, lengths, write)
         self._cached[slots] = lengths
-        return parts
+        return torch.cat([m.read_head(h[:, 1:]) for m, h in zip(self.models, hidden)], dim=-1)
 
-    def _allocate(self, slots: np.ndarray, lengths: np.ndarray) -> None:
-        """Give every slot the blocks that its length needs, evicting the longest unused."""
-        need = -(-lengths // BLOCK_SIZE)
-        short = np.flatnonzero(need > self._held[slots])  # one step in BLOCK_SIZE, per sequence
-        if not short.size:
-            return
-        missing = int((need - self._held[slots])[short].sum())
+    def _allocate(self, slots: np.ndarray, blocks: np.ndarray) -> None:
+        """Give every slot its number of blocks, evicting slots of earlier steps, oldest first."""
+        short = np.flatnonzero(blocks > self._held[slots])  # one step in BLOCK_SIZE, per sequence
+        missing = int((blocks - self._held[slots])[short].sum())
         if missing > len(self._free):
             idle = np.flatnonzero((self._held > 0) & (self._used < self._clock))
-            # Slots of this step's earlier groups may go as well, after those that are idle.
-            done = np.setdiff1d(np.flatnonzero(self._held), np.concatenate((idle, slots)))
-            for slot in (*idle[np.argsort(self._used[idle])], *done):
+            for slot in idle[np.argsort(self._used[idle])]:
                 self.release(slot)
                 if missing <= len(self._free):
                     break
         for i in short:
-            slot, held, total = slots[i], self._held[slots[i]], need[i]
+            slot, held, total = slots[i], self._held[slots[i]], blocks[i]
             self._table[slot, held:total] = [self._free.pop() for _ in range(total - held)]
             self._held[slot] = total
 
@@ -346,7 +334,7 @@ class ValueEngine:
             padding = offsets >= n[:, None]
             positions = np.where(padding, 0, first[:, None] + offsets)
             write = np.where(padding, 0, self._places(rows, positions))
-            self._forward(tokens.to(self.device), positions, rows, first + n, write, values=False)
+            self._forward(tokens.to(self.device), positions, rows, first + n, write)
             self._cached[rows] = first + n
             left = self._cached[slots] < lengths
             slots, lengths = slots[left], lengths[left]
@@ -363,13 +351,13 @@ class ValueEngine:
         slots: np.ndarray,
         lengths: np.ndarray,
         write: np.ndarray,
-        values: bool = True,
-    ) -> torch.Tensor:
-        """One pass of every model over `tokens` `[batch, queries]`; values of all but the first."""
+    ) -> list[torch.Tensor]:
+        """Every model's last hidden states `[batch, queries, hidden]` of `tokens`."""
         batch, queries = tokens.shape
         longest = int(lengths.max())
         steps = np.broadcast_to(np.arange(longest), (batch, longest))
         read = self._places(slots, np.minimum(steps, lengths[:, None] - 1))
+        ragged = bool((lengths < longest).any())
         placed = [self._to_device(a) for a in (write.reshape(-1), read, positions, lengths)]
         outputs = []
         for model, stores in zip(self.models, self._stores):
@@ -380,7 +368,7 @@ class ValueEngine:
                 read=placed[1],
                 positions=placed[2],
                 lengths=placed[3],
-                ragged=bool((lengths < longest).any()),
+                ragged=ragged,
             )
             hidden = model.backbone(
                 input_ids=tokens.reshape(1, -1),
@@ -388,9 +376,8 @@ class ValueEngine:
                 use_cache=False,
                 mavis_step=step,
             ).last_hidden_state
-            if values:
-                outputs.append(model.read_head(hidden.view(batch, queries, -1)[:, 1:]))
-        return torch.cat(outputs, dim=-1) if values else hidden
+            outputs.append(hidden.view(batch, queries, -1))
+        return outputs
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -284,7 +284,8 @@ def test_schedule_and_unit_gradients():
         run_round(optimizer, lambda x: float(7 * x[3]))
         steps.append(optimizer.last_round.step)
     np.testing.assert_allclose(steps, [0.5, 0.25, 0.5 / 3])
-    pickle.loads(pickle.dumps(optimizer))
+    copied = pickle.loads(pickle.dumps(optimizer))
+    np.testing.assert_array_equal(copied.ask().value, optimizer.ask().value)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
