@@ -178,7 +178,8 @@ def response_kl(base: Path, value_model: Path, responses: list[dict[str, Any]]) 
             tokens = torch.tensor([r["prompt_ids"] + r["response_ids"][:-1]])
             logits.append(model(tokens, logits_to_keep=len(r["response_ids"])).logits[0])
     total = np.zeros(len(responses))
-    for t in tqdm(range(MAX_TOKENS), desc="KL, step by step"):
+    longest = max(len(r["response_ids"]) for r in responses)
+    for t in tqdm(range(longest), desc="KL, step by step"):
         rows = [i for i, r in enumerate(responses) if t < len(r["response_ids"])]
         prefixes = {i: responses[i]["prompt_ids"] + responses[i]["response_ids"][:t] for i in rows}
         step = torch.stack([logits[i][t] for i in rows])
