@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-HEAD_TYPES = ("state",)
+HEAD_TYPES = ("state", "action")
 
 
 class MAVISValueConfig(PreTrainedConfig):
@@ -40,6 +40,11 @@ class MAVISValueConfig(PreTrainedConfig):
         reward_mean: Mean of each objective's reward under the base model, in the reward's unit.
         reward_std: Standard deviation of each objective's reward under the base model, positive.
         head_type: `"state"`: the value of a candidate is read at the candidate's own position.
+            `"action"`: the values of all candidates are read at the prefix's last position,
+            `Q_i(s, a) = V_i(s) + <U_i h(s), P e(a)>`, with `e` the backbone's token embedding.
+        action_rank: Rank of the projections `U_i` and `P` of an action head.
+        candidate_range: Largest difference between the values of two candidates of one prefix that
+            was observed, per objective; candidate pruning relies on it. None if not measured.
         top_k: Number of candidates that the model was trained to guide among.
         base_model: Name or path of the base model whose responses it was trained on.
         base_model_fingerprint: See [`base_model_fingerprint`].
@@ -58,6 +63,8 @@ class MAVISValueConfig(PreTrainedConfig):
     reward_mean: list[float] | None = None
     reward_std: list[float] | None = None
     head_type: str = "state"
+    action_rank: int = 128
+    candidate_range: list[float] | None = None
     top_k: int = 40
     base_model: str | None = None
     base_model_fingerprint: str | None = None
@@ -88,8 +95,16 @@ class MAVISValueConfig(PreTrainedConfig):
                     )
             if min(self.reward_std) <= 0:
                 raise ValueError(f"reward_std must be positive, got {self.reward_std}")
+            ranges = self.candidate_range
+            if ranges is not None and (len(ranges) != count or min(ranges) < 0):
+                raise ValueError(
+                    "candidate_range must be a number that is not negative for each of "
+                    f"{objectives}, got {ranges}"
+                )
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"head_type must be one of {HEAD_TYPES}, got {self.head_type!r}")
+        if self.action_rank < 1:
+            raise ValueError(f"action_rank must be at least 1, got {self.action_rank}")
         super().__post_init__(**kwargs)
 
     @property
@@ -112,13 +127,16 @@ class MAVISValueOutput(ModelOutput):
         logits: `[batch, length, n_objectives]` float32, standardised value after each token. The
             name is transformers' own for what a head returns; `values` would hide the method of
             the mapping that every model output is.
+        candidate_logits: `[batch, n, k, n_objectives]` float32, standardised value of each
+            candidate that was asked for.
     """
 
     logits: torch.Tensor | None = None
+    candidate_logits: torch.Tensor | None = None
 
 
 class MAVISValueModel(PreTrainedModel):
-    """A causal decoder with a linear value head: `V_i(s)` for every prefix and objective.
+    """A causal decoder with a value head: `V_i(s)` of every prefix, `Q_i(s, a)` of candidates.
 
     Args:
         config: Its `backbone_config` and `objectives` must be set.
@@ -143,16 +161,33 @@ class MAVISValueModel(PreTrainedModel):
                 "MAVISValueModel.from_base_model makes both from a base model"
             )
         self.backbone = AutoModel.from_config(config.backbone_config)
-        self.head = nn.Linear(config.text_config.hidden_size, len(config.objectives))
+        width, count = config.text_config.hidden_size, len(config.objectives)
+        self.head = nn.Linear(width, count)
+        if config.head_type == "action":
+            rank = config.action_rank
+            self.action_query = nn.Linear(width, count * rank, bias=False)  # U, of all objectives
+            embedding = self.get_input_embeddings().weight
+            self.action_embedding = nn.Linear(embedding.shape[1], rank, bias=False)  # P
         self.post_init()
-        # Zero predicts the mean standardised reward for every prefix: no guidance before training.
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self._init_heads()
+
+    def _init_heads(self) -> None:
+        for head in ("head", "action_query", "action_embedding"):
+            if hasattr(self, head):
+                self._init_weights(getattr(self, head))
 
     def _init_weights(self, module: nn.Module) -> None:
-        if module is getattr(self, "head", None):
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        if module is getattr(self, "action_embedding", None):
+            # Projected embeddings begin with a length near 1, whatever the embedding's scale.
+            embedding = self.get_input_embeddings().weight
+            if not embedding.is_meta:
+                length = float(embedding.detach().float().norm(dim=1).mean())
+                scale = 1 / (self.config.action_rank**0.5 * length)
+                nn.init.normal_(self.action_embedding.weight, std=scale)
+        elif module in (self.head, getattr(self, "action_query", None)):
+            # Zero predicts the mean reward for every prefix: no guidance before training.
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -174,30 +209,129 @@ class MAVISValueModel(PreTrainedModel):
                 hidden.float(), self.head.weight.float(), self.head.bias.float()
             )
 
+    def action_table(self) -> torch.Tensor:
+        """Projected embedding `P e(a)` of every token, `[vocab, action_rank]` float32."""
+        embedding = self.get_input_embeddings().weight
+        return embedding.float() @ self.action_embedding.weight.float().T
+
+    def read_action_head(
+        self, hidden: torch.Tensor, candidates: torch.Tensor, table: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`Q_i(s, a)` of candidates from the hidden states of their prefixes.
+
+        Args:
+            hidden: `[..., hidden_size]`, any floating dtype.
+            candidates: `[..., k]` int64 token ids.
+            table: [`action_table`] if it is at hand; only the candidates' rows are read.
+
+        Returns:
+            `[..., k, n_objectives]` float32.
+        """
+        count, rank = self.head.out_features, self.config.action_rank
+        with torch.autocast(hidden.device.type, enabled=False):
+            query = nn.functional.linear(hidden.float(), self.action_query.weight.float())
+            if table is None:
+                embedded = nn.functional.embedding(candidates, self.get_input_embeddings().weight)
+                actions = nn.functional.linear(
+                    embedded.float(), self.action_embedding.weight.float()
+                )
+            else:
+                actions = nn.functional.embedding(candidates, table)
+            advantages = actions @ query.unflatten(-1, (count, rank)).transpose(-1, -2)
+        return advantages + self.read_head(hidden)[..., None, :]
+
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        candidates: torch.Tensor | None = None,
+        candidate_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MAVISValueOutput:
         """Value after every token of a padded batch; `engine` computes the same incrementally.
 
         Args:
             input_ids: `[batch, length]` int64.
-            attention_mask: `[batch, length]`, 1 for tokens and 0 for padding. A padding token may
-                be the end-of-sequence token: only the mask says which it is.
+            attention_mask: `[batch, length]`, 1 for tokens and 0 for padding; or
+                `[batch, 1, length, length]`, which tokens a token sees, boolean or additive. A
+                padding token may be the end-of-sequence token: only the mask says which it is.
             position_ids: `[batch, length]` int64; by default counted from the first real token.
+            candidates: `[batch, n, k]` int64, next tokens to value.
+            candidate_positions: `[batch, n]` int64, index of the last token of the prefix that
+                the candidates follow; by default every index (`n = length`).
         """
-        if position_ids is None and attention_mask is not None:
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        length, action = input_ids.shape[1], self.config.head_type == "action"
+        if candidates is not None:
+            if candidate_positions is None:
+                candidate_positions = torch.arange(length, device=input_ids.device)
+                candidate_positions = candidate_positions.expand(len(input_ids), -1)
+            if not action:
+                input_ids, attention_mask, position_ids = self._append_candidates(
+                    input_ids, attention_mask, position_ids, candidates, candidate_positions
+                )
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
-        return MAVISValueOutput(logits=self.read_head(hidden))
+        logits = self.read_head(hidden[:, :length])
+        if candidates is None:
+            return MAVISValueOutput(logits=logits)
+        if action:
+            index = candidate_positions[..., None].expand(-1, -1, hidden.shape[-1])
+            of_candidates = self.read_action_head(hidden.gather(1, index), candidates)
+        else:
+            of_candidates = self.read_head(hidden[:, length:]).unflatten(1, candidates.shape[1:])
+        return MAVISValueOutput(logits=logits, candidate_logits=of_candidates)
+
+    def _append_candidates(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        candidates: torch.Tensor,
+        candidate_positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sequence with every candidate behind it, seeing its prefix and itself."""
+        batch, length = input_ids.shape
+        device, k = input_ids.device, candidates.shape[-1]
+        if attention_mask is not None and attention_mask.ndim == 4:
+            floating = attention_mask.is_floating_point()
+            visible = attention_mask[:, 0] == 0 if floating else attention_mask[:, 0].bool()
+        else:
+            visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            visible = visible.expand(batch, -1, -1)
+            if attention_mask is not None:
+                visible = visible & attention_mask[:, None].bool()
+        if position_ids is None:
+            position_ids = torch.arange(length, device=device).expand(batch, -1)
+        last = candidate_positions.repeat_interleave(k, dim=1)  # [batch, n * k]
+        prefixes = visible.gather(1, last[..., None].expand(-1, -1, length))
+        total = length + last.shape[1]
+        mask = torch.eye(total, dtype=torch.bool, device=device).repeat(batch, 1, 1)
+        mask[:, :length, :length] |= visible
+        mask[:, length:, :length] = prefixes
+        mask = mask[:, None]
+        implementation = self.backbone.config._attn_implementation
+        if implementation == "eager":
+            dtype = self.head.weight.dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(
+                ~mask, torch.finfo(dtype).min
+            )
+        elif implementation != "sdpa":
+            raise ValueError(
+                f"candidates need a mask of their own, which attn_implementation="
+                f"{implementation!r} does not take; load the value model with 'sdpa'"
+            )
+        return (
+            torch.cat((input_ids, candidates.flatten(1)), dim=1),
+            mask,
+            torch.cat((position_ids, position_ids.gather(1, last) + 1), dim=1),
+        )
 
     @classmethod
     def from_base_model(
@@ -253,6 +387,7 @@ class MAVISValueModel(PreTrainedModel):
         decoder = full.get_decoder() if hasattr(full, "get_decoder") else full.base_model
         copied = {name: w for name, w in decoder.state_dict().items() if name in own}
         model.backbone.load_state_dict(copied)  # strict: every weight of the backbone is copied
+        model._init_heads()
         return model
 
     @classmethod

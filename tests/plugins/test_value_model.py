@@ -169,3 +169,95 @@ def test_importing_the_package_is_light():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def action_model(base_model):
+    torch.manual_seed(3)
+    model = MAVISValueModel.from_base_model(
+        str(base_model), ["a", "b"], num_hidden_layers=2, head_type="action", action_rank=8
+    )
+    assert model(IDS, candidates=IDS[..., None]).candidate_logits.abs().max() == 0  # untrained
+    torch.nn.init.normal_(model.head.weight, std=0.2)
+    torch.nn.init.normal_(model.action_query.weight, std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_an_action_head_is_a_bilinear_form_of_state_and_token(action_model):
+    hidden = action_model.backbone(IDS).last_hidden_state[0].double()
+    embedding = action_model.get_input_embeddings().weight.double()
+    candidates = torch.randint(VOCAB_SIZE, (1, IDS.shape[1], 4))
+    output = action_model(IDS, candidates=candidates)
+    u = action_model.action_query.weight.double().view(2, 8, -1)
+    p = action_model.action_embedding.weight.double()
+    for t in range(IDS.shape[1]):
+        for j, token in enumerate(candidates[0, t]):
+            for i in range(2):
+                value = action_model.head.weight[i].double() @ hidden[t]
+                value += action_model.head.bias[i] + (u[i] @ hidden[t]) @ (p @ embedding[token])
+                torch.testing.assert_close(
+                    output.candidate_logits[0, t, j, i].double(), value, rtol=1e-4, atol=1e-5
+                )
+    expected = action_model.read_head(action_model.backbone(IDS).last_hidden_state)
+    torch.testing.assert_close(output.logits, expected)
+
+
+@torch.no_grad()
+def test_the_action_table_gives_the_same_values(action_model):
+    hidden, candidates = torch.randn(3, 64), torch.randint(VOCAB_SIZE, (3, 5))
+    torch.testing.assert_close(
+        action_model.read_action_head(hidden, candidates, action_model.action_table()),
+        action_model.read_action_head(hidden, candidates),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_candidates_are_valued_as_if_each_were_next(value_model, attention, padding):
+    model = MAVISValueModel.load(str(value_model), attn_implementation=attention).eval()
+    ids = torch.cat((torch.full((1, padding), 2), IDS), dim=1)
+    mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
+    positions = torch.tensor([[padding, padding + 4, padding + 9]])
+    candidates = torch.randint(VOCAB_SIZE, (1, 3, 4))
+    output = model(ids, mask, candidates=candidates, candidate_positions=positions)
+    torch.testing.assert_close(output.logits[:, padding:], model(IDS).logits)
+    for n, position in enumerate((0, 4, 9)):
+        for j, token in enumerate(candidates[0, n]):
+            continued = torch.cat((IDS[:, : position + 1], token.view(1, 1)), dim=1)
+            torch.testing.assert_close(
+                output.candidate_logits[0, n, j],
+                model(continued).logits[0, -1],
+                rtol=1e-4,
+                atol=1e-5,
+            )
+
+
+@torch.no_grad()
+def test_an_action_model_comes_back_whole(action_model, tmp_path):
+    action_model.config.candidate_range = [0.5, 2.0]
+    action_model.save_pretrained(tmp_path)
+    again = MAVISValueModel.load(str(tmp_path)).eval()
+    assert (again.config.head_type, again.config.action_rank) == ("action", 8)
+    assert again.config.candidate_range == [0.5, 2.0]
+    candidates = IDS[..., None]
+    torch.testing.assert_close(
+        again(IDS, candidates=candidates).candidate_logits,
+        action_model(IDS, candidates=candidates).candidate_logits,
+        rtol=0,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("action_rank", 0, "action_rank must be at least 1"),
+        ("candidate_range", [1.0], "candidate_range must be"),
+        ("candidate_range", [1.0, -1.0], "candidate_range must be"),
+    ],
+)
+def test_wrong_head_fields_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        MAVISValueConfig(objectives=["a", "b"], **{field: value})
