@@ -1,15 +1,17 @@
 """The value engine: values of the `k` candidate next tokens of many sequences, incrementally.
 
 Keys and values of every prefix stay in a paged store of fixed size, so a step costs one new token
-plus `k` candidates a sequence, in one forward pass for all sequences whatever their lengths. The
-store is only a cache: whatever was evicted is computed again from the token ids that the caller
-gives. The engine knows nothing of requests, weights or host engines.
+(with a state head, also the candidates) a sequence, in one forward pass for all sequences whatever
+their lengths. Prefixes that begin alike share their full blocks. The store is only a cache:
+whatever was evicted is computed again from the token ids that the caller gives. The engine knows
+nothing of requests, weights or host engines.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,23 +27,27 @@ GIB = 1 << 30
 
 # history(slot, start, stop): the token ids at those positions of the slot's prefix.
 History = Callable[[int, int, int], "Sequence[int] | torch.Tensor"]
+Store = list[tuple[torch.Tensor, torch.Tensor]]  # a layer: keys, values [tokens, kv_heads, dim]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What attention needs to know of one forward pass over `batch * queries` tokens.
+    """What attention needs to know of one forward pass over `queries` tokens of each sequence.
 
     Of every sequence's `queries` tokens the first `written` belong to the prefix and enter the
-    store; the others are candidates, each of which sees the prefix and itself.
+    store; the others are candidates, each of which sees the prefix and itself. If some sequences
+    have fewer tokens than others, the pass runs over the `total` real ones, and only attention
+    over the padded rectangle.
     """
 
-    stores: list[tuple[torch.Tensor, torch.Tensor]]  # a layer: keys, values [tokens, kv_heads, dim]
     written: int
     write: torch.Tensor  # [batch * written] int64, where the new prefix tokens go in the store
     read: torch.Tensor  # [batch, length] int64, where the prefixes are in the store
     positions: torch.Tensor  # [batch, queries] int64
     lengths: torch.Tensor  # [batch] int64, prefix tokens in the store once `write` is done
     ragged: bool  # whether some prefix is shorter than `length`
+    real: torch.Tensor | None = None  # [total] int64, cells of the rectangle that hold a token
+    padded: torch.Tensor | None = None  # [batch * queries] int64, the token in each cell
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)  # by window
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -77,8 +83,8 @@ class Step:
 
 def paged_attention(
     module: nn.Module,
-    query: torch.Tensor,  # [1, heads, batch * queries, dim]
-    key: torch.Tensor,  # [1, kv_heads, batch * queries, dim]
+    query: torch.Tensor,  # [1, heads, total, dim]
+    key: torch.Tensor,  # [1, kv_heads, total, dim]
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
@@ -86,6 +92,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     mavis_step: Step | None = None,
+    mavis_store: Store | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -94,16 +101,18 @@ def paged_attention(
     Candidates do not see each other: attention over the prefix gives an output and its
     log-sum-exp, and the candidate's own key and value are merged in analytically.
     """
-    if mavis_step is None:
+    if mavis_step is None or mavis_store is None:
         raise RuntimeError(
             "this value model belongs to a ValueEngine; load another copy for plain forward passes"
         )
     assert s_aux is None  # attention sinks are refused by the engine
     step = mavis_step
     batch, queries = step.positions.shape
+    if step.padded is not None:
+        query, key, value = (t.index_select(2, step.padded) for t in (query, key, value))
     kv_heads, dim = key.shape[1], key.shape[3]
     groups = query.shape[1] // kv_heads
-    keys, values = step.stores[module.layer_idx]  # type: ignore[index]
+    keys, values = mavis_store[module.layer_idx]  # type: ignore[index]
 
     # Query heads that share a key head become further queries of it: nothing is repeated.
     q = query.view(kv_heads, groups, batch, queries, dim).permute(2, 0, 1, 3, 4)
@@ -129,8 +138,10 @@ def paged_attention(
         share = torch.sigmoid(score - prefix).to(out.dtype)[..., None]
         merged = torch.lerp(out[:, :, :, candidates], v_new[:, :, None, candidates], share)
         out = torch.cat((out[:, :, :, : step.written], merged), dim=3)
-    # [1, batch * queries, heads, dim]
-    return out.permute(0, 3, 1, 2, 4).reshape(1, batch * queries, kv_heads * groups, dim), None
+    out = out.permute(0, 3, 1, 2, 4).reshape(1, batch * queries, kv_heads * groups, dim)
+    if step.real is not None:
+        out = out.index_select(1, step.real)
+    return out, None  # [1, total, heads, dim]
 
 
 def _attend(
@@ -218,7 +229,8 @@ class ValueEngine:
         tokens = (num_blocks + 1) * BLOCK_SIZE
         self.kv_cache_bytes = tokens * bytes_per_token
         self.weight_bytes = sum(p.nbytes for model in self.models for p in model.parameters())
-        self._stores = []
+        self._stores: list[Store] = []
+        self._action_tables: list[torch.Tensor | None] = []
         for model in self.models:
             config = model.config.text_config
             shape = (tokens, _kv_heads(config), _head_dim(config))
@@ -231,21 +243,53 @@ class ValueEngine:
                     for _ in range(config.num_hidden_layers)
                 ]
             )
-        self._free = list(range(num_blocks, 0, -1))
+            with torch.inference_mode():
+                action = model.config.head_type == "action"
+                self._action_tables.append(model.action_table() if action else None)
+        self.weight_bytes += sum(t.nbytes for t in self._action_tables if t is not None)
+
+        # A block's users, and which prefix it holds if that may be shared: the prefix of its
+        # parent, by number, and its own tokens. A free block keeps its content until it is taken.
         self._num_blocks = num_blocks
-        # A slot's blocks, in order, and the number of them.
+        self._users = np.zeros(num_blocks + 1, dtype=np.int64)
+        self._free = OrderedDict.fromkeys(range(1, num_blocks + 1))  # least recently used first
+        self._shared: dict[tuple[int, bytes], tuple[int, int]] = {}  # to block and prefix number
+        self._content: dict[int, tuple[int, bytes]] = {}  # of a block: its key in `_shared`
+        self._prefixes = 0  # numbers given so far; 0 is the empty prefix
+
+        # A slot's blocks, in order, and the number of them. On the device for `_read`.
         self._table = np.zeros((num_slots, blocks_each), dtype=np.int64)
+        self._device_table = torch.from_numpy(self._table)  # on a CPU, the same memory
+        if self.device.type != "cpu":
+            self._device_table = self._device_table.to(self.device)
         self._held = np.zeros(num_slots, dtype=np.int64)
         self._cached = np.zeros(num_slots, dtype=np.int64)  # prefix tokens whose keys are stored
         self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
         self._clock = 0
 
+    @property
+    def candidate_range(self) -> tuple[float, ...] | None:
+        """Largest observed difference between two candidates' values, per objective; see
+        [`MAVISValueConfig`]. None if some model has not measured it."""
+        ranges = [model.config.candidate_range for model in self.models]
+        return None if None in ranges else tuple(x for r in ranges for x in r or ())
+
+    @property
+    def reads_candidates(self) -> bool:
+        """Whether some model reads the candidates themselves, so that fewer of them cost less."""
+        return None in self._action_tables
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget what is stored of `slot` from position `length` on."""
         keep = min(-(-length // BLOCK_SIZE), self._held[slot])
-        self._free.extend(self._table[slot, keep : self._held[slot]].tolist())
+        if length % BLOCK_SIZE and keep and int(self._table[slot, keep - 1]) in self._content:
+            keep = length // BLOCK_SIZE  # others may read the block, so it is not written again
+        for block in self._table[slot, keep : self._held[slot]].tolist():
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._free[block] = None
         self._held[slot] = keep
-        self._cached[slot] = min(self._cached[slot], length)
+        self._cached[slot] = min(self._cached[slot], length, keep * BLOCK_SIZE)
 
     def release(self, slot: int) -> None:
         """Forget `slot` and give its memory back."""
@@ -259,6 +303,7 @@ class ValueEngine:
         last_tokens: torch.Tensor,
         candidates: torch.Tensor,
         history: History,
+        counts: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Value of every candidate as the next token of its prefix.
 
@@ -268,9 +313,12 @@ class ValueEngine:
             last_tokens: `[batch]` integer, last token of each prefix, on the engine's device.
             candidates: `[batch, k]` int64 token ids, on the engine's device.
             history: Asked for the earlier tokens that are not stored.
+            counts: `[batch]` int64, how many of a row's candidates to value, the first ones; by
+                default all.
 
         Returns:
-            `[batch, k, objectives]` float32.
+            `[batch, k, objectives]` float32; what it says of a candidate beyond its row's count
+            means nothing.
 
         Raises:
             ValueError: A length is out of range.
@@ -279,34 +327,105 @@ class ValueEngine:
             raise ValueError(
                 f"prefix lengths must be 1 to {self.max_length}, got {lengths.tolist()}"
             )
-        blocks = -(-lengths // BLOCK_SIZE)
-        if (
-            blocks.sum() > self._num_blocks
-        ):  # prefixes that do not fit together go one after another
+        if counts is None:
+            counts = np.full(len(slots), candidates.shape[1])
+        if (-(-lengths // BLOCK_SIZE)).sum() > self._num_blocks:
+            # Prefixes that do not fit together go one half after the other.
             cut = len(slots) // 2
             halves = (
-                self.values(slots[h], lengths[h], last_tokens[h], candidates[h], history)
+                self.values(slots[h], lengths[h], last_tokens[h], candidates[h], history, counts[h])
                 for h in (slice(cut), slice(cut, None))
             )
             return torch.cat(tuple(halves))
         self._clock += 1
         self._used[slots] = self._clock
-        self._allocate(slots, blocks)
-        pending = np.flatnonzero(self._cached[slots] < lengths - 1)
-        if pending.size:
-            self._prefill(slots[pending], lengths[pending] - 1, history)
-        tokens = torch.cat((last_tokens[:, None].to(candidates.dtype), candidates), dim=1)
-        positions = np.repeat(lengths[:, None], tokens.shape[1], axis=1)
-        positions[:, 0] -= 1
-        write = self._places(slots, positions[:, :1])
-        hidden = self._forward(tokens, positions, slots, lengths, write)
+        self._store_prefixes(slots, lengths, history)
         self._cached[slots] = lengths
-        return torch.cat([m.read_head(h[:, 1:]) for m, h in zip(self.models, hidden)], dim=-1)
+        last_tokens = last_tokens[:, None].to(candidates.dtype)
+        values, alone, beside = [], None, None  # `alone` and `beside`: the pass of each head
+        for i, (model, table) in enumerate(zip(self.models, self._action_tables)):
+            if table is not None:
+                alone = alone or self._step(slots, lengths, lengths[:, None] - 1, 1)
+                hidden = self._forward(i, last_tokens.flatten(), alone)
+                values.append(model.read_action_head(hidden, candidates, table))
+            else:
+                beside = beside or self._candidate_step(slots, lengths, counts)
+                width = beside.positions.shape[1] - 1
+                tokens = torch.cat((last_tokens, candidates[:, :width]), dim=1).flatten()
+                if beside.real is not None:
+                    tokens = tokens[beside.real]
+                read = model.read_head(self._forward(i, tokens, beside))
+                if beside.real is not None:
+                    read = read.index_select(0, beside.padded)
+                read = read.view(len(slots), 1 + width, -1)[:, 1:]
+                values.append(nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width)))
+        return torch.cat(values, dim=-1)
 
-    def _allocate(self, slots: np.ndarray, blocks: np.ndarray) -> None:
-        """Give every slot its number of blocks, evicting slots of earlier steps, oldest first."""
-        short = np.flatnonzero(blocks > self._held[slots])  # one step in BLOCK_SIZE, per sequence
-        missing = int((blocks - self._held[slots])[short].sum())
+    def _store_prefixes(self, slots: np.ndarray, lengths: np.ndarray, history: History) -> None:
+        """Bring the store up to all but the last token of each prefix, with room for that one."""
+        pending = self._cached[slots] < lengths - 1
+        self._allocate(slots[~pending], lengths[~pending])
+        waiting = [(int(s), int(n)) for s, n in zip(slots[pending], lengths[pending])]
+        while waiting:
+            # Of prefixes that begin alike one is computed first, so that the others can share it.
+            leaders, followers, missing = [], [], set()
+            for slot, length in waiting:
+                start = int(self._cached[slot])
+                tokens = np.asarray(history(slot, start, length - 1), dtype=np.int64)
+                key = None
+                if start == 0:
+                    key = self._share(slot, tokens)
+                    tokens = tokens[self._cached[slot] :]
+                if key is not None and key in missing:
+                    followers.append((slot, length))
+                else:
+                    missing.add(key)
+                    leaders.append((slot, length, tokens))
+            chosen = np.array([slot for slot, _, _ in leaders])
+            self._allocate(chosen, np.array([length for _, length, _ in leaders]))
+            self._prefill({slot: tokens for slot, _, tokens in leaders})
+            waiting = followers
+
+    def _share(self, slot: int, tokens: np.ndarray) -> tuple[int, bytes] | None:
+        """Begin an empty slot with the stored blocks that hold the same tokens.
+
+        Returns:
+            The key of the first full block that is missing, if there is one.
+        """
+        prefix = 0
+        for held in range(len(tokens) // BLOCK_SIZE):
+            key = (prefix, tokens[held * BLOCK_SIZE : (held + 1) * BLOCK_SIZE].tobytes())
+            if key not in self._shared:
+                return key
+            block, prefix = self._shared[key]
+            self._hold(slot, block)
+            self._cached[slot] = self._held[slot] * BLOCK_SIZE
+        return None
+
+    def _offer(self, slot: int, tokens: np.ndarray) -> None:
+        """Let other slots share the full blocks of a prefix that is stored from its beginning."""
+        prefix = 0
+        for i in range(len(tokens) // BLOCK_SIZE):
+            key = (prefix, tokens[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE].tobytes())
+            if key not in self._shared:
+                block = int(self._table[slot, i])
+                self._prefixes += 1
+                self._shared[key] = (block, self._prefixes)
+                self._content[block] = key
+            prefix = self._shared[key][1]
+
+    def _hold(self, slot: int, block: int) -> None:
+        """Add `block` to those of the slot."""
+        self._free.pop(block, None)
+        self._users[block] += 1
+        self._table[slot, self._held[slot]] = block
+        self._held[slot] += 1
+
+    def _allocate(self, slots: np.ndarray, lengths: np.ndarray) -> None:
+        """Give every slot its blocks, evicting slots of earlier steps, oldest first."""
+        wanted = -(-lengths // BLOCK_SIZE) - self._held[slots]
+        short = np.flatnonzero(wanted > 0)  # one step in BLOCK_SIZE, per sequence
+        missing = int(wanted[short].sum())
         if missing > len(self._free):
             idle = np.flatnonzero((self._held > 0) & (self._used < self._clock))
             for slot in idle[np.argsort(self._used[idle])]:
@@ -314,70 +433,89 @@ class ValueEngine:
                 if missing <= len(self._free):
                     break
         for i in short:
-            slot, held, total = slots[i], self._held[slots[i]], blocks[i]
-            self._table[slot, held:total] = [self._free.pop() for _ in range(total - held)]
-            self._held[slot] = total
+            for _ in range(wanted[i]):
+                block, _ = self._free.popitem(last=False)
+                if block in self._content:
+                    del self._shared[self._content.pop(block)]
+                self._hold(slots[i], block)
+        if short.size and self.device.type != "cpu":
+            self._device_table[self._to_device(slots[short])] = self._to_device(
+                self._table[slots[short]]
+            )
 
-    def _prefill(self, slots: np.ndarray, lengths: np.ndarray, history: History) -> None:
-        """Store the prefixes up to `lengths`, in passes of at most `prefill_tokens` tokens."""
-        while slots.size:
-            start = self._cached[slots]
-            count = np.minimum(lengths - start, self.prefill_tokens)
+    def _prefill(self, prefixes: dict[int, np.ndarray]) -> None:
+        """Store the next tokens of the slots, in passes of at most `prefill_tokens` tokens."""
+        whole = {slot: tokens for slot, tokens in prefixes.items() if not self._cached[slot]}
+        slots = np.array(list(prefixes))
+        start = self._cached[slots]
+        end = start + [len(tokens) for tokens in prefixes.values()]
+        while (left := np.flatnonzero(self._cached[slots] < end)).size:
+            count = np.minimum((end - self._cached[slots])[left], self.prefill_tokens)
             order = np.argsort(-count)
             batch = order[: max(1, self.prefill_tokens // count[order[0]])]
-            first, n, rows = start[batch], count[batch], slots[batch]
+            rows, n = slots[left[batch]], count[batch]
+            first, done = self._cached[rows], self._cached[rows] - start[left[batch]]
             width = int(n.max())
-            tokens = torch.zeros((len(batch), width), dtype=torch.int64)
-            for i, (slot, a, m) in enumerate(zip(rows, first, n)):
-                tokens[i, :m] = torch.as_tensor(history(int(slot), int(a), int(a + m)))
+            tokens = np.zeros((len(batch), width), dtype=np.int64)
+            for i, row in enumerate(rows):
+                tokens[i, : n[i]] = prefixes[row][done[i] : done[i] + n[i]]
             offsets = np.arange(width)
-            padding = offsets >= n[:, None]
-            positions = np.where(padding, 0, first[:, None] + offsets)
-            write = np.where(padding, 0, self._places(rows, positions))
-            self._forward(tokens.to(self.device), positions, rows, first + n, write)
+            positions = np.where(offsets < n[:, None], first[:, None] + offsets, -1)
+            step = self._step(rows, first + n, positions, width)
+            for i in range(len(self.models)):
+                self._forward(i, self._to_device(tokens.reshape(-1)), step)
             self._cached[rows] = first + n
-            left = self._cached[slots] < lengths
-            slots, lengths = slots[left], lengths[left]
+        for slot, tokens in whole.items():
+            self._offer(slot, tokens)
 
-    def _places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Where positions `[batch, n]` of the slots lie in the store, `[batch, n]` int64."""
-        blocks = np.take_along_axis(self._table[slots], positions // BLOCK_SIZE, axis=1)
-        return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+    def _candidate_step(self, slots: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> Step:
+        """The pass over every prefix's last token and its first `counts` candidates."""
+        width = int(counts.max(initial=0))
+        positions = np.repeat(lengths[:, None], 1 + width, axis=1)
+        positions[:, 0] -= 1
+        step = self._step(slots, lengths, positions, 1)
+        if (counts == width).all():
+            return step
+        real = np.arange(1 + width) <= counts[:, None]
+        padded = np.where(real, real.cumsum().reshape(real.shape) - 1, 0)
+        return replace(
+            step,
+            real=self._to_device(np.flatnonzero(real)),
+            padded=self._to_device(padded.reshape(-1)),
+        )
 
-    def _forward(
-        self,
-        tokens: torch.Tensor,
-        positions: np.ndarray,
-        slots: np.ndarray,
-        lengths: np.ndarray,
-        write: np.ndarray,
-    ) -> list[torch.Tensor]:
-        """Every model's last hidden states `[batch, queries, hidden]` of `tokens`."""
-        batch, queries = tokens.shape
-        longest = int(lengths.max())
-        steps = np.broadcast_to(np.arange(longest), (batch, longest))
-        read = self._places(slots, np.minimum(steps, lengths[:, None] - 1))
-        ragged = bool((lengths < longest).any())
-        placed = [self._to_device(a) for a in (write.reshape(-1), read, positions, lengths)]
-        outputs = []
-        for model, stores in zip(self.models, self._stores):
-            step = Step(
-                stores=stores,
-                written=write.shape[1],
-                write=placed[0],
-                read=placed[1],
-                positions=placed[2],
-                lengths=placed[3],
-                ragged=ragged,
-            )
-            hidden = model.backbone(
-                input_ids=tokens.reshape(1, -1),
-                position_ids=step.positions.reshape(1, -1),
-                use_cache=False,
-                mavis_step=step,
-            ).last_hidden_state
-            outputs.append(hidden.view(batch, queries, -1))
-        return outputs
+    def _step(
+        self, slots: np.ndarray, lengths: np.ndarray, positions: np.ndarray, written: int
+    ) -> Step:
+        """A pass over tokens at `positions` `[batch, queries]`, -1 where there is none."""
+        longest = int(lengths.max(initial=1))
+        new = np.maximum(positions[:, :written], 0)
+        write = np.take_along_axis(self._table[slots], new // BLOCK_SIZE, axis=1) * BLOCK_SIZE
+        write = np.where(positions[:, :written] < 0, 0, write + new % BLOCK_SIZE)
+        on_device = self._to_device(lengths)
+        steps = torch.arange(longest, device=self.device).expand(len(slots), -1)
+        steps = torch.minimum(steps, on_device[:, None] - 1)  # what is not the slot's is not read
+        blocks = self._device_table[self._to_device(slots)].gather(1, steps // BLOCK_SIZE)
+        return Step(
+            written=written,
+            write=self._to_device(write.reshape(-1)),
+            read=blocks * BLOCK_SIZE + steps % BLOCK_SIZE,
+            positions=self._to_device(np.maximum(positions, 0)),
+            lengths=on_device,
+            ragged=bool((lengths < longest).any()),
+        )
+
+    def _forward(self, index: int, tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        """A model's last hidden states `[total, hidden]` of `tokens` `[total]`."""
+        positions = step.positions.flatten()
+        hidden = self.models[index].backbone(
+            input_ids=tokens[None],
+            position_ids=(positions if step.real is None else positions[step.real])[None],
+            use_cache=False,
+            mavis_step=step,
+            mavis_store=self._stores[index],
+        )
+        return hidden.last_hidden_state[0]
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -8,6 +8,8 @@ candidate with `log pi_ref = -inf` (masked by a grammar, or beyond a row's `k`) 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 BISECTIONS = 24  # the strength is then known to 1e-7 of the requested beta
@@ -32,6 +34,26 @@ def top_candidates(
         ranks = torch.arange(top.shape[-1], device=top.device)
         top = top.masked_fill(ranks >= top_k[:, None], -torch.inf)
     return candidates, torch.log_softmax(top, dim=-1)
+
+
+def count_likely(log_probs: torch.Tensor, reach: torch.Tensor, eps: float) -> torch.Tensor:
+    """How many candidates may become likelier than `eps` by guidance, whatever their values.
+
+    If the exponents `beta * sum_i w_i Q_i` of two candidates never differ by more than `reach`, a
+    candidate of probability `p` ends with at most `p / (p + (1 - p) exp(-reach))`: its own exponent
+    the highest, all others' the lowest.
+
+    Args:
+        log_probs: `[batch, k]`, `log pi_ref` over the candidates, likeliest first.
+        reach: `[batch]`, not negative.
+        eps: Bound below which a candidate is not counted; 0 leaves out the impossible ones alone.
+
+    Returns:
+        `[batch]` int64, at least 1. The candidates beyond it are the ones that cannot exceed `eps`.
+    """
+    others = torch.log(-torch.expm1(log_probs)) - reach[:, None]
+    bound = log_probs - torch.logaddexp(log_probs, others)
+    return (bound > (math.log(eps) if eps else -math.inf)).sum(-1).clamp(min=1)
 
 
 def tilt(log_probs: torch.Tensor, scores: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:

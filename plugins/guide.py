@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .engine import History, ValueEngine
-from .guidance import guide, top_candidates
+from .guidance import count_likely, guide, top_candidates
 from .params import GuidanceParams
 
 
@@ -19,10 +19,33 @@ class Guide:
     Args:
         engine: Values of the candidates. A row's sequence lives in the engine's slot of the row.
         num_slots: Number of slots, as in the engine.
+        prune_eps: Candidates of a state head that cannot become likelier than this, within the
+            range of values that their model has shown, are not valued and get probability 0. At 0
+            the policy is exact. On a GPU it has to wait for the base model's logits each step.
+
+    Attributes:
+        rows: Rows guided so far.
+        candidates: Candidates that remained in them after pruning.
+
+    Raises:
+        ValueError: `prune_eps` is out of range, or a value model does not state its range.
     """
 
-    def __init__(self, engine: ValueEngine, num_slots: int) -> None:
+    def __init__(self, engine: ValueEngine, num_slots: int, prune_eps: float = 0.0) -> None:
+        if not 0 <= prune_eps < 1:
+            raise ValueError(f"prune_eps must be at least 0 and below 1, got {prune_eps}")
+        if prune_eps and engine.candidate_range is None:
+            raise ValueError(
+                f"prune_eps {prune_eps} needs value models whose config has a candidate_range: "
+                "train them again, or leave prune_eps at 0"
+            )
         self.engine = engine
+        self.prune_eps = prune_eps
+        self.rows = self.candidates = 0
+        unused = [0.0] * len(engine.objectives)  # at prune_eps 0 it does not matter
+        self._range = np.array(engine.candidate_range or unused, dtype=np.float32)
+        # Impossible candidates cost nothing to leave out where their number is at hand.
+        self._prunes = engine.reads_candidates and (prune_eps > 0 or engine.device.type == "cpu")
         self.guided = np.zeros(num_slots, dtype=bool)
         # A slot's weights, then beta, top_k and the KL budget: one copy to the device a step.
         self._params = np.zeros((num_slots, len(engine.objectives) + 3), dtype=np.float32)
@@ -68,7 +91,16 @@ class Guide:
         candidates, log_probs = top_candidates(
             logits, max_k, k.long() if (top_k < max_k).any() else None
         )
-        values = self.engine.values(slots, lengths, last_tokens, candidates, history)
+        counts = None
+        if self._prunes:
+            reach = torch.from_numpy(chosen[:, -3] * (np.abs(chosen[:, :-3]) @ self._range))
+            likely = count_likely(log_probs, reach.to(log_probs), self.prune_eps)
+            ranks = torch.arange(log_probs.shape[1], device=log_probs.device)
+            log_probs = log_probs.masked_fill(ranks >= likely[:, None], -torch.inf)
+            counts = likely.cpu().numpy()
+        self.rows += len(slots)
+        self.candidates += int(top_k.sum() if counts is None else counts.sum())
+        values = self.engine.values(slots, lengths, last_tokens, candidates, history, counts)
         limited = np.isfinite(chosen[:, -1]).any()
         log_policy = guide(log_probs, values, weights, beta, budget if limited else None)
         # The first candidate is every row's own, whatever the largest k of the batch.

@@ -68,8 +68,9 @@ class GuidanceConfig:
         top_k: Default number of candidates; by default the number the value models were made for.
         kl_budget: Default limit in nats per step.
         max_top_k: Largest `mavis_top_k` that a request may ask for: it is what the request costs.
-        dtype: Of the value models: float32, bfloat16, float16; by default float32 on a CPU and
-            bfloat16 elsewhere.
+        prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
+            0 is exact. See [`count_likely`][trimtab.plugins.guidance.count_likely].
+        dtype: Of the value models: float32, bfloat16, float16; by default the served model's.
         kv_cache_memory_gib: Upper bound of the value models' key-value store; by default room for
             `max_num_seqs` sequences of `max_model_len` tokens, at most 1 GiB.
 
@@ -83,6 +84,7 @@ class GuidanceConfig:
     top_k: int | None = None
     kl_budget: float | None = None
     max_top_k: int = 128
+    prune_eps: float = 0.0
     dtype: str | None = None
     kv_cache_memory_gib: float = 1.0
 
@@ -121,6 +123,11 @@ class GuidanceConfig:
             raise ValueError(f"mavis config: max_top_k must be an integer, got {self.max_top_k!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"mavis config: dtype must be one of {DTYPES}, got {self.dtype!r}")
+        if not 0 <= _number("mavis config: prune_eps", self.prune_eps) < 1:
+            raise ValueError(
+                "mavis config: prune_eps must be a probability, at least 0 and below 1, "
+                f"got {self.prune_eps}"
+            )
         if _number("mavis config: kv_cache_memory_gib", self.kv_cache_memory_gib) <= 0:
             raise ValueError(
                 "mavis config: kv_cache_memory_gib must be positive, "

@@ -31,6 +31,8 @@ class MAVISLogitsProcessor(LogitsProcessor):
         attention_mask: `[batch, prompt_length]`, the mask given to `generate`. Needed when prompts
             are padded on the left; may be set between calls.
         tokenizer: The base model's, to check that the value models were trained with it.
+        prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
+            0 is exact. See [`count_likely`][trimtab.plugins.guidance.count_likely].
         dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
         kv_cache_memory_gib: Upper bound of the value models' key-value store.
 
@@ -53,6 +55,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         kl_budget: float | None = None,
         attention_mask: torch.Tensor | None = None,
         tokenizer: Any = None,
+        prune_eps: float = 0.0,
         dtype: torch.dtype | None = None,
         kv_cache_memory_gib: float = 1.0,
     ) -> None:
@@ -78,6 +81,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
             kl_budget=kl_budget,
         )
         self.attention_mask = attention_mask
+        self._prune_eps = prune_eps
         self._dtype = dtype
         self._kv_cache_memory = int(kv_cache_memory_gib * GIB)
         self._guide: Guide | None = None
@@ -142,7 +146,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
             dtype=self._dtype or default,
             kv_cache_memory=self._kv_cache_memory,
         )
-        self._guide = Guide(engine, batch)
+        self._guide = Guide(engine, batch, self._prune_eps)
         for slot in range(batch):
             self._guide.start(slot, self.params)
         self._tokens = torch.zeros((0, 0), dtype=torch.int64)

@@ -146,7 +146,9 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         model_config = vllm_config.model_config
         if vllm_config.speculative_config is not None:
             raise ValueError(
-                "MAVIS does not support speculative decoding yet: remove --speculative-config"
+                "MAVIS does not guide speculative decoding: a request then has a row of logits for "
+                "each draft token, and the value engine keeps one prefix a request. Remove "
+                "--speculative-config"
             )
         if model_config.enable_prompt_embeds:
             raise ValueError(
@@ -156,8 +158,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         config = self._serving.config
         device = torch.device(state) if is_pin_memory is not None else state.device  # type: ignore
         num_slots = vllm_config.scheduler_config.max_num_seqs
-        default_dtype = "float32" if device.type == "cpu" else "bfloat16"
-        dtype = getattr(torch, config.dtype or default_dtype)
+        dtype = getattr(torch, config.dtype) if config.dtype else model_config.dtype
         models = [MAVISValueModel.load(path, dtype=dtype) for _, path in config.value_models]
         for model, (_, path) in zip(models, config.value_models):
             _check_base_model(model, path, vllm_config)
@@ -169,7 +170,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             dtype=dtype,
             kv_cache_memory=int(config.kv_cache_memory_gib * GIB),
         )
-        self._guide = Guide(engine, num_slots)
+        self._guide = Guide(engine, num_slots, config.prune_eps)
         self._v2: LogitsProcRequestState | None = None if is_pin_memory is not None else state  # type: ignore
         self._requests: dict[int, _Request] = {}  # V1: guided requests by row
         self._rows = self._slots = np.zeros(0, dtype=np.int64)

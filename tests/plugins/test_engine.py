@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -32,7 +32,9 @@ BACKBONES = {
 }
 
 
-def make_model(name: str = "llama", objectives=("a", "b"), seed: int = 0) -> MAVISValueModel:
+def make_model(
+    name: str = "llama", objectives=("a", "b"), seed: int = 0, **fields
+) -> MAVISValueModel:
     torch.manual_seed(seed)
     kind, options = BACKBONES[name]
     backbone = kind(
@@ -46,7 +48,7 @@ def make_model(name: str = "llama", objectives=("a", "b"), seed: int = 0) -> MAV
         max_position_embeddings=128,
         **options,
     )
-    config = MAVISValueConfig(backbone_config=backbone, objectives=list(objectives))
+    config = MAVISValueConfig(backbone_config=backbone, objectives=list(objectives), **fields)
     model = MAVISValueModel(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -64,42 +66,75 @@ def plain(model: MAVISValueModel) -> MAVISValueModel:
 @torch.no_grad()
 def full_forward(models, prefix, candidates) -> torch.Tensor:
     tokens = torch.tensor([[*prefix, c] for c in candidates])
-    return torch.cat([model(tokens).logits[:, -1] for model in models], dim=1)
+    values = []
+    for model in models:
+        if model.config.head_type == "action":
+            last = torch.tensor([[len(prefix) - 1]])
+            values.append(
+                model(
+                    torch.tensor([prefix]),
+                    candidates=torch.as_tensor(candidates).view(1, 1, -1),
+                    candidate_positions=last,
+                ).candidate_logits[0, 0]
+            )
+        else:
+            values.append(model(tokens).logits[:, -1])
+    return torch.cat(values, dim=1)
 
 
-def engine_values(engine, sequences, slots, candidates):
+def engine_values(engine, sequences, slots, candidates, counts=None):
     return engine.values(
         np.array(slots),
         np.array([len(sequences[s]) for s in slots]),
         torch.tensor([sequences[s][-1] for s in slots]),
         torch.as_tensor(candidates),
         lambda slot, start, stop: sequences[slot][start:stop],
+        counts,
     )
 
 
-MODELS = [make_model("llama", ("a", "b")), make_model("mistral sliding", ("c",), seed=1)]
+MODELS = [
+    make_model("llama", ("a", "b")),
+    make_model("mistral sliding", ("c",), seed=1),
+    make_model("llama", ("d", "e"), seed=2, head_type="action", action_rank=6),
+]
 PLAIN = [plain(model) for model in MODELS]
 TOKEN_BYTES = 3 * 2 * 2 * 8 * 4 * len(MODELS)
 
 
 class Sequences(RuleBasedStateMachine):
-    """Sequences that join, grow, are cut, leave and move between slots, in a store too small."""
+    """Sequences that join, grow, are cut, leave and move between slots, in a store too small.
 
-    @initialize(blocks=st.integers(3, 9), prefill=st.sampled_from([7, 64]))
-    def start(self, blocks, prefill):
+    Many begin alike, and so share blocks.
+    """
+
+    @initialize(
+        blocks=st.integers(3, 9),
+        prefill=st.sampled_from([7, 64]),
+        used=st.lists(st.sampled_from(range(len(MODELS))), min_size=1, unique=True),
+    )
+    def start(self, blocks, prefill, used):
+        self.reference = [PLAIN[i] for i in used]
         self.engine = ValueEngine(
-            copy.deepcopy(MODELS),
+            copy.deepcopy([MODELS[i] for i in used]),
             num_slots=5,
             max_length=MAX_LENGTH,
-            kv_cache_memory=(blocks + 1) * 32 * TOKEN_BYTES,
+            kv_cache_memory=(blocks + 1) * 32 * TOKEN_BYTES * len(used) // len(MODELS),
             prefill_tokens=prefill,
         )
         self.sequences: dict[int, list[int]] = {}
 
-    @rule(slot=st.integers(0, 4), length=st.integers(1, MAX_LENGTH), seed=st.integers(0, 999))
-    def join(self, slot, length, seed):
+    @rule(
+        slot=st.integers(0, 4),
+        length=st.integers(1, MAX_LENGTH),
+        seed=st.integers(0, 1),
+        differs=st.integers(0, MAX_LENGTH),
+    )
+    def join(self, slot, length, seed, differs):
         self.engine.release(slot)
-        self.sequences[slot] = np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+        tokens = np.random.default_rng(seed).integers(0, VOCAB, MAX_LENGTH)
+        tokens[differs:] = (tokens[differs:] + 1) % VOCAB
+        self.sequences[slot] = tokens[:length].tolist()
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -131,13 +166,27 @@ class Sequences(RuleBasedStateMachine):
         slots = data.draw(
             st.lists(st.sampled_from(sorted(self.sequences)), min_size=1, unique=True)
         )
-        candidates = np.random.default_rng(seed).integers(0, VOCAB, (len(slots), K))
-        values = engine_values(self.engine, self.sequences, slots, candidates)
+        rng = np.random.default_rng(seed)
+        candidates = rng.integers(0, VOCAB, (len(slots), K))
+        counts = rng.integers(1, K + 1, len(slots)) if seed % 2 else None
+        values = engine_values(self.engine, self.sequences, slots, candidates, counts)
         for i, slot in enumerate(slots):
-            expected = full_forward(PLAIN, self.sequences[slot], candidates[i])
-            torch.testing.assert_close(values[i], expected, rtol=0, atol=1e-4)
+            expected = full_forward(self.reference, self.sequences[slot], candidates[i])
+            valued = slice(K if counts is None else counts[i])
+            torch.testing.assert_close(values[i, valued], expected[valued], rtol=0, atol=1e-4)
             room = MAX_LENGTH - len(self.sequences[slot])
             self.sequences[slot] += candidates[i, : min(grow, room)].tolist()
+
+    @invariant()
+    def blocks_are_accounted_for(self):
+        engine = getattr(self, "engine", None)
+        if engine is None:
+            return
+        held = [block for slot in range(5) for block in engine._table[slot, : engine._held[slot]]]
+        counted = np.bincount(held, minlength=engine._num_blocks + 1)
+        assert (counted == engine._users).all()
+        assert set(engine._free) == set(np.flatnonzero(counted == 0)) - {0}
+        assert {block: key for key, (block, _) in engine._shared.items()} == engine._content
 
 
 TestCandidateValuesMatchFullForward = Sequences.TestCase
@@ -230,3 +279,46 @@ def test_a_value_model_in_an_engine_refuses_plain_forward_passes():
     ValueEngine([model], num_slots=1, max_length=8)
     with pytest.raises(RuntimeError, match="belongs to a ValueEngine"):
         model(torch.tensor([[1, 2]]))
+
+
+def prefilled_tokens(engine, sequences, slots):
+    """How many prefix tokens the engine computes when it values candidates of these slots."""
+    computed = []
+    forward = engine._forward
+
+    def counting(index, tokens, step):
+        if step.written == step.positions.shape[1] > 1:
+            computed.append(tokens.numel())
+        return forward(index, tokens, step)
+
+    engine._forward = counting
+    engine_values(engine, sequences, slots, [[1, 2]] * len(slots))
+    engine._forward = forward
+    return sum(computed)
+
+
+def test_a_prefix_in_common_is_computed_once():
+    system = list(range(3, 50)) * 2  # 94 tokens, two full blocks
+    sequences = {slot: [*system[:80], slot, slot + 1] for slot in range(3)}
+    sequences[3] = sequences[0]  # two samples of one prompt
+    engine = ValueEngine([make_model()], num_slots=5, max_length=MAX_LENGTH)
+    assert prefilled_tokens(engine, sequences, [0, 1, 3]) == 81 + 2 * (81 - 64)
+    assert prefilled_tokens(engine, sequences, [2]) == 81 - 64  # of requests before
+    for slot in range(4):
+        engine.release(slot)
+    assert prefilled_tokens(engine, sequences, [1]) == 81 - 64  # even of finished ones
+    assert prefilled_tokens(engine, {4: [9] * 82}, [4]) == 81
+
+
+@pytest.mark.parametrize("head_type", ["state", "action"])
+def test_counts_bound_what_is_computed(head_type):
+    engine = ValueEngine([make_model(head_type=head_type)], num_slots=3, max_length=MAX_LENGTH)
+    seen = []
+    forward = engine._forward
+    engine._forward = lambda index, tokens, step: (
+        seen.append(tokens.numel()),
+        forward(index, tokens, step),
+    )[1]
+    sequences = {0: [5], 1: [6], 2: [7]}
+    engine_values(engine, sequences, [0, 1, 2], [[1, 2, 3]] * 3, np.array([1, 3, 2]))
+    assert seen == [3 if head_type == "action" else 3 + 6]

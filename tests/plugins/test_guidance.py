@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
-from trimtab.plugins.guidance import guide, limit_beta, step_kl, tilt, top_candidates
+from trimtab.plugins.guidance import (
+    count_likely,
+    guide,
+    limit_beta,
+    step_kl,
+    tilt,
+    top_candidates,
+)
 
 
 @st.composite
@@ -94,3 +101,36 @@ def test_masked_tokens_stay_masked_even_when_fewer_than_k_are_left():
     policy = guide(log_probs, torch.randn(1, 5, 1) * 50, torch.ones(1, 1), torch.ones(1))
     allowed = {c: p for c, p in zip(candidates[0].tolist(), policy[0].exp().tolist()) if p > 0}
     assert set(allowed) <= {3, 7} and sum(allowed.values()) == pytest.approx(1)
+
+
+def sorted_log_probs(logits) -> torch.Tensor:
+    return torch.log_softmax(torch.tensor([logits], dtype=torch.float64), -1).sort(descending=True)[
+        0
+    ]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.floats(-15, 15), min_size=1, max_size=12),
+    st.floats(0, 8),
+    st.sampled_from([1e-6, 1e-3, 0.05, 0.3]),
+    st.randoms(use_true_random=False),
+)
+def test_what_is_not_counted_cannot_exceed_eps(logits, reach, eps, random):
+    log_probs = sorted_log_probs(logits)
+    count = count_likely(log_probs, torch.tensor([reach]), eps).item()
+    for _ in range(20):
+        scores = torch.tensor(
+            [[random.choice((0, reach, random.uniform(0, reach))) for _ in logits]]
+        )
+        policy = tilt(log_probs, scores, torch.ones(1)).exp()[0]
+        assert (policy[count:] <= eps * (1 + 1e-6)).all()
+    if count > 1:  # the bound is reached: the last one counted can indeed be likelier
+        scores = torch.zeros(1, len(logits))
+        scores[0, count - 1] = reach
+        assert tilt(log_probs, scores, torch.ones(1)).exp()[0, count - 1] >= eps * (1 - 1e-6)
+
+
+def test_at_eps_zero_only_impossible_candidates_are_left_out():
+    log_probs = torch.tensor([[-1e-6, -90.0, -math.inf, -math.inf], [0.0, *[-math.inf] * 3]])
+    assert count_likely(log_probs, torch.zeros(2), 0.0).tolist() == [2, 1]

@@ -1,0 +1,77 @@
+"""Pruning in the guide: what is left out, and what of the policy may change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.plugins.test_engine import MAX_LENGTH, VOCAB, make_model
+from trimtab.plugins import GuidanceParams, ValueEngine
+from trimtab.plugins.guide import Guide
+
+PREFIXES = {0: [3, 4, 5], 1: [6] * 40, 2: [7]}
+
+
+def guided(prune_eps, logits, params, **fields):
+    """The policies `[3, vocab]` of three prefixes, and the guide."""
+    model = make_model("llama", ("a", "b"), **fields)
+    guide = Guide(ValueEngine([model], num_slots=3, max_length=MAX_LENGTH), 3, prune_eps)
+    for slot, one in enumerate(params):
+        guide.start(slot, one)
+    candidates, log_policy, _ = guide.log_probs(
+        logits,
+        np.arange(3),
+        np.array([len(tokens) for tokens in PREFIXES.values()]),
+        torch.tensor([tokens[-1] for tokens in PREFIXES.values()]),
+        lambda slot, start, stop: PREFIXES[slot][start:stop],
+    )
+    return torch.zeros(3, VOCAB).scatter(1, candidates, log_policy.exp()), guide
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
+
+
+PARAMS = [
+    GuidanceParams((1.0, 0.5), beta=0.3, top_k=20),
+    GuidanceParams((-1.0, 0.0), beta=0.1, top_k=20),
+    GuidanceParams((0.0, 1.0), beta=0.2, top_k=7, kl_budget=0.05),
+]
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.02])
+def test_pruned_policies_differ_by_what_was_left_out(logits, eps):
+    # A range that holds for this model: no two candidates differ by more.
+    exact, full = guided(0.0, logits, PARAMS)
+    pruned, guide = guided(eps, logits, PARAMS, candidate_range=[12.0, 12.0])
+    assert full.rows == guide.rows == 3 and full.candidates == 20 + 20 + 7
+    assert guide.candidates < full.candidates
+    left_out = (pruned == 0) & (exact > 0)
+    assert left_out.any() and (exact[left_out] <= eps).all()
+    kept = exact.masked_fill(left_out, 0)
+    expected = kept / kept.sum(1, keepdim=True)
+    torch.testing.assert_close(pruned[:2], expected[:2], rtol=1e-3, atol=1e-5)
+
+
+def test_at_eps_zero_masked_tokens_cost_nothing_and_change_nothing(logits):
+    logits[0, torch.arange(VOCAB) != 9] = -torch.inf
+    logits[1, 10:] = -torch.inf
+    policy, guide = guided(0.0, logits, PARAMS)
+    assert guide.candidates == 1 + 10 + 7
+    alone, _ = guided(0.0, logits, PARAMS, head_type="state", candidate_range=[0.0, 0.0])
+    assert policy[0, 9] == 1 and torch.equal(policy, alone)
+
+
+def test_an_action_head_is_not_pruned(logits):
+    range_ = [0.1, 0.1]
+    _, guide = guided(0.02, logits, PARAMS, head_type="action", candidate_range=range_)
+    assert guide.candidates == 20 + 20 + 7
+
+
+def test_pruning_without_a_known_range_is_refused(logits):
+    with pytest.raises(ValueError, match="needs value models whose config has a candidate_range"):
+        guided(0.01, logits, PARAMS)
+    with pytest.raises(ValueError, match="prune_eps must be at least 0 and below 1, got 1"):
+        guided(1, logits, PARAMS)
