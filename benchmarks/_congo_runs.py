@@ -18,13 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def arguments(description: str, seeds: int, only: str | None = None) -> argparse.Namespace:
-    """The options of every benchmark: ``--quick``, ``--seeds``, and ``--only`` if it has a help."""
+def arguments(description: str, seeds: int) -> argparse.Namespace:
+    """The options of every benchmark: ``--quick`` and ``--seeds``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a smoke test: writes no file")
     parser.add_argument("--seeds", type=int, default=seeds, help="seeds (default: %(default)s)")
-    if only:
-        parser.add_argument("--only", default="", help=only)
     options = parser.parse_args()
     if options.quick:
         options.seeds = min(options.seeds, 2)
@@ -48,8 +46,3 @@ def save(name: str, content: dict[str, tp.Any]) -> None:
         **content,
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def load(name: str) -> dict[str, tp.Any]:
-    """The content of ``results/<name>.json``."""
-    return json.loads((RESULTS / f"{name}.json").read_text())

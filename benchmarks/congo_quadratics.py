@@ -2,10 +2,11 @@
 
 ``f_t(x) = x'D_t x + b_t'x + c_t`` with a new sparse ``D_t, b_t`` in each of 100 rounds; the setting
 of the CONGO paper (arXiv 2407.06325) and the same with more noise and with half the
-samples. Every algorithm sees the same functions of a seed; the cost counted is that of the point
-played before a round's update, without noise.
+samples. Every algorithm sees the same functions on the same seeds; the cost counted is that of
+the point played before a round's update, without noise. Nevergrad's optimizers take part in the
+paper's three settings.
 
-    python benchmarks/congo_quadratics.py            # about 15 minutes on one core
+    python benchmarks/congo_quadratics.py            # about 30 minutes on one core
     python benchmarks/congo_quadratics.py --quick
 """
 
@@ -15,7 +16,7 @@ import typing as tp
 
 import nevergrad as ng
 import numpy as np
-from _congo_runs import DOCS, arguments, load, save, summary
+from _congo_runs import DOCS, arguments, save, summary
 
 from trimtab.optimizers import ParametrizedCONGO
 
@@ -90,87 +91,69 @@ def play(
     samples: int,
     seed: int,
     sigma: float = 1.0,
-    restart: bool = False,
 ) -> float:
-    """Accumulated cost of an optimizer of Nevergrad with ``samples`` evaluations a round.
-
-    The optimizer carries on from round to round, or starts afresh at every point played.
-    """
+    """Accumulated cost of an optimizer of Nevergrad with ``samples`` evaluations a round."""
     parametrization = ng.p.Array(shape=(dimension,)).set_mutation(sigma=sigma)
     parametrization.random_state.seed(seed)
-    optimizer = algorithm(parametrization, budget=(1 if restart else ROUNDS) * samples)
+    optimizer = algorithm(parametrization, budget=ROUNDS * samples)
     rng = np.random.default_rng([seed, 1])
     total = 0.0
     for t in range(ROUNDS):
         x = np.asarray(optimizer.recommend().value)
         x = x * min(1.0, RADIUS / max(float(np.linalg.norm(x)), 1e-300))
         total += problem.cost(t, x)
-        if restart:
-            state = parametrization.random_state
-            parametrization = ng.p.Array(init=x).set_mutation(sigma=sigma)
-            parametrization.random_state = state
-            optimizer = algorithm(parametrization, budget=samples)
         for _ in range(samples):
             candidate = optimizer.ask()
             optimizer.tell(candidate, problem.noisy(t, np.asarray(candidate.value), rng))
     return total
 
 
-def measure(name: str, seeds: int, only: str) -> dict[str, tp.Any]:
+def measure(name: str, seeds: int) -> dict[str, tp.Any]:
     dimension, sparsity, noise, delta, m, multiple = SETTINGS[name]
     common = {"learning_rate": LEARNING_RATE, "radius": RADIUS, "num_measurements": m}
     told = {**common, "sparsity": sparsity, "delta": delta}
     perturbations = multiple * m
-    runs: dict[str, tuple[int, int, tp.Callable]] = {}
-
-    def optimizer(
-        label: str, algorithm: tp.Any, samples: int, count: int, **settings: tp.Any
-    ) -> None:
-        def run(problem: Problem, seed: int) -> float:
-            return play(problem, algorithm, dimension, samples, seed, **settings)
-
-        runs[label] = (samples, count, run)
-
-    some, few = min(seeds, 20), min(seeds, 5)
-    runs["do nothing"] = (0, seeds, lambda p, s: float(p.offset.sum()))
-    runs["exact gradient descent"] = (0, seeds, lambda p, s: descend(p, dimension, p.gradient))
-    runs["averaged random directions"] = (
-        m + 1,
-        seeds,
-        lambda p, s: descend(p, dimension, random_directions(p, m, delta, s)),
-    )
-    optimizer("CONGO", ParametrizedCONGO(variant="adaptive", **common), m + 1, seeds)
-    optimizer("CONGO_E", ParametrizedCONGO(variant="E", **told), m + 1, seeds)
-    optimizer("CONGO_Z", ParametrizedCONGO(variant="Z", **told), m + 1, some)
-    optimizer(
-        "CONGO_B",
-        ParametrizedCONGO(variant="B", num_perturbations=perturbations, **told),
-        perturbations + 1,
-        few,
-    )
-    if not name.endswith("m/2"):
+    runs: dict[str, tuple[int, tp.Callable]] = {
+        "do nothing": (0, lambda p, s: float(p.offset.sum())),
+        "exact gradient descent": (0, lambda p, s: descend(p, dimension, p.gradient)),
+        "averaged random directions": (
+            m + 1,
+            lambda p, s: descend(p, dimension, random_directions(p, m, delta, s)),
+        ),
+    }
+    optimizers = {
+        "CONGO": (m + 1, ParametrizedCONGO(variant="adaptive", **common)),
+        "CONGO_E": (m + 1, ParametrizedCONGO(variant="E", **told)),
+        "CONGO_Z": (m + 1, ParametrizedCONGO(variant="Z", **told)),
+        "CONGO_B": (
+            perturbations + 1,
+            ParametrizedCONGO(variant="B", num_perturbations=perturbations, **told),
+        ),
+    }
+    sigmas = dict.fromkeys(optimizers, 1.0)
+    if name in list(SETTINGS)[:3]:
         for other in NEVERGRAD:
             # With Nevergrad's standard mutation, 1, CMA and DE cost several times more.
-            algorithm = ng.optimizers.registry[other]
-            optimizer(other, algorithm, m + 1, few, sigma=0.1)
-            optimizer(f"{other}, restarted", algorithm, m + 1, few, sigma=0.1, restart=True)
+            optimizers[other], sigmas[other] = (m + 1, ng.optimizers.registry[other]), 0.1
+    for label, (samples, algorithm) in optimizers.items():
+        runs[label] = (
+            samples,
+            lambda p, s, a=algorithm, n=samples, sigma=sigmas[label]: play(
+                p, a, dimension, n, s, sigma
+            ),
+        )
     rows: dict[str, tp.Any] = {}
-    descent = {}
-    for label, (samples, count, run) in runs.items():
-        if only not in label and label != "exact gradient descent":
-            continue
-        costs = []
-        for seed in range(count):
-            problem = Problem(seed, dimension, sparsity, noise)
-            costs.append(run(problem, seed))
-            if label == "exact gradient descent":
-                descent[seed] = costs[-1]
+    descent: list[float] = []
+    for label, (samples, run) in runs.items():
+        costs = [run(Problem(seed, dimension, sparsity, noise), seed) for seed in range(seeds)]
         rows[label] = {"samples_a_round": samples, **summary(costs)}
+        if label == "exact gradient descent":
+            descent = costs
         if descent:
-            above = summary([cost - descent[seed] for seed, cost in enumerate(costs)])
-            rows[label]["above_gradient_descent"] = above
+            above = [cost - least for cost, least in zip(costs, descent)]
+            rows[label]["above_gradient_descent"] = summary(above)
         print(f"{name:26s} {label:28s} {rows[label]['mean']:12.1f} "
-              f"+- {rows[label]['standard_error']:.1f} ({count} seeds)", flush=True)  # fmt: skip
+              f"+- {rows[label]['standard_error']:.1f} ({seeds} seeds)", flush=True)  # fmt: skip
     return {
         "dimension": dimension,
         "sparsity": sparsity,
@@ -206,21 +189,12 @@ def plot(results: dict[str, tp.Any]) -> None:
 
 
 def main() -> None:
-    options = arguments(
-        __doc__.splitlines()[0],
-        seeds=50,
-        only="algorithms whose name contains this; their rows replace those of the saved figures",
-    )
+    options = arguments(__doc__.splitlines()[0], seeds=50)
     if options.quick:
         global ROUNDS
         ROUNDS = 5
     names = list(SETTINGS)[:2] if options.quick else list(SETTINGS)
-    results = {name: measure(name, options.seeds, options.only) for name in names}
-    if options.only and not options.quick:
-        saved = load("congo_quadratics")["settings"]
-        for name, result in results.items():
-            saved[name]["algorithms"].update(result["algorithms"])
-        results = saved
+    results = {name: measure(name, options.seeds) for name in names}
     if not options.quick:
         save("congo_quadratics", {"rounds": ROUNDS, "settings": results})
         plot(results)

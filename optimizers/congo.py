@@ -170,6 +170,11 @@ class _CONGO(base.Optimizer):
                 # Idle workers measure too: one point more costs no time.
                 m = max(m, num_workers - 1)
             m = min(m, d)
+        elif c.variant == "adaptive" and m == 1 < d:
+            raise ValueError(
+                f"num_measurements is 1 in dimension {d}: one difference tells no variable from "
+                "another, nor from noise; variant 'adaptive' needs at least 2"
+            )
         self.num_measurements = m
         self.evaluations_per_round = 1 + ((c.num_perturbations or 3 * m) if c.variant == "B" else m)
         if budget is not None and budget < self.evaluations_per_round:
@@ -455,7 +460,9 @@ class _CONGO(base.Optimizer):
                 top = np.argpartition(match(left), d - limit)[d - limit :]
                 working = np.union1d(top, kept)
             columns = np.hstack([columns_of(working), extra])
-            mean, inclusion = recovery.sparse_regression(columns, y, d, extra.shape[1])
+            mean, inclusion = recovery.sparse_regression(
+                columns, y, d, extra.shape[1], intercept=True
+            )
             coefficients, probability = mean[:-3], inclusion[:-3]
             left = centred(y - columns @ mean)
             signal = left + columns[:, :-2] @ mean[:-2]  # without curvature and drift

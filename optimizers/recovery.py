@@ -15,6 +15,8 @@ FloatArray = np.ndarray
 
 # Primal-dual iterations between two looks at all columns.
 _SWEEP = 50
+# Supports of each size that the sparse regression keeps.
+_BEAM = 32
 
 
 class Recovery(tp.NamedTuple):
@@ -228,28 +230,36 @@ def _complete(
 
 
 def sparse_regression(
-    columns: FloatArray, measurements: FloatArray, dimension: int, free: int = 0
+    columns: FloatArray,
+    measurements: FloatArray,
+    dimension: int,
+    free: int = 0,
+    intercept: bool = False,
 ) -> tuple[FloatArray, FloatArray]:
     """Sparse regression with the number of non-zeros left to the data.
 
-    For every size ``k`` a support is searched greedily: the best column joins, then columns are
-    exchanged as in subspace pursuit (Dai and Milenkovic 2009). The supports found are averaged with
-    the weight of their posterior probability: the marginal likelihood of the linear model under
-    Zellner's g-prior with the empirical-Bayes ``g`` (Liang et al. 2008), times a prior
-    that is uniform over sizes and, within a size, over the ``C(dimension, k)`` supports. A
-    support's coefficients are least squares shrunk by ``g / (1 + g)``; the empty one takes part
-    with zeros, so measurements that say nothing return (almost) nothing.
+    A beam search: every support kept at one size is extended by every column, and the most probable
+    extensions are the supports of the next size (orthogonal least squares is the same with a beam
+    of one). All supports that were kept, of every size, are averaged with the weight of their
+    posterior probability: the marginal likelihood of the linear model under Zellner's
+    g-prior with the empirical-Bayes ``g`` (Liang et al. 2008), times a prior that is uniform over
+    sizes and, within a size, over the ``C(dimension, k)`` supports. A support's coefficients are
+    least squares shrunk by ``g / (1 + g)``; the empty one takes part with zeros, so measurements
+    that say nothing return (almost) nothing.
 
     Args:
         columns: ``[n, c]`` candidate columns.
         measurements: ``[n]``.
         dimension: number of columns that the other ``c - free`` candidates were screened from.
         free: number of columns, the last ones, that do not count as picked among many.
+        intercept: columns and measurements are centred: an intercept took one of the ``n``
+            degrees of freedom.
 
     Returns:
         The mean of the coefficients, ``[c]``, and the probability that each is not zero, ``[c]``.
     """
     n, c = columns.shape
+    degrees = n - int(intercept)
     mean, inclusion = np.zeros(c), np.zeros(c)
     norms = np.sqrt(np.square(columns).sum(axis=0))
     usable = norms > 1e-9 * norms.max(initial=0.0)
@@ -257,52 +267,81 @@ def sparse_regression(
     if total == 0 or not usable.any():
         return mean, inclusion
     scaled = columns / np.where(usable, norms, np.inf)
-    gram = scaled.T @ scaled
-    target = measurements @ scaled
+    largest = min(degrees - 1, int(usable.sum()))
+    log_prior = np.array(
+        [
+            math.lgamma(k + 1) + math.lgamma(dimension - k + 1) - math.lgamma(dimension + 1)
+            for k in range(min(max(largest, 0), dimension) + 1)
+        ]
+    )
+    costs = np.arange(c) < c - free
 
-    def fit(chosen: np.ndarray) -> tuple[FloatArray, float]:
-        basis = scaled[:, chosen]
-        coefficients = np.linalg.lstsq(basis, measurements, rcond=None)[0]
-        left = measurements - basis @ coefficients
-        return coefficients, float(left @ left)
+    def evidence(left: FloatArray, k: int, paid: np.ndarray) -> tuple[FloatArray, FloatArray]:
+        # Round-off, not signal, below 1e-14: the measurements are differences of rounded numbers.
+        unexplained = np.maximum(left / total, 1e-14)
+        g = np.maximum((1 - unexplained) / k / (unexplained / (degrees - k)) - 1.0, 0.0)
+        fit = 0.5 * (degrees - k) * np.log1p(g) - 0.5 * degrees * np.log1p(g * unexplained)
+        return fit + log_prior[paid], g
 
-    def score(chosen: np.ndarray, coefficients: FloatArray) -> FloatArray:
-        value = np.abs(target - gram[:, chosen] @ coefficients)
-        value[chosen] = -1.0
-        return value
-
-    chosen, coefficients = np.zeros(0, dtype=np.int64), np.zeros(0)
-    models = [(0.0, chosen, coefficients)]
-    best_size = 0
-    for k in range(1, min(n - 2, int(usable.sum())) + 1):
-        chosen = np.append(chosen, int(np.argmax(score(chosen, coefficients))))
-        coefficients, left = fit(chosen)
-        for _ in range(5):
-            rivals = _largest(score(chosen, coefficients), min(k, n - 1 - k, c - k))
-            merged = np.append(chosen, rivals)
-            trial = merged[_largest(np.abs(fit(merged)[0]), k)]
-            trial_coefficients, trial_left = fit(trial)
-            if trial_left >= left * (1 - 1e-9):
-                break
-            chosen, coefficients, left = trial, trial_coefficients, trial_left
-        # Round-off, not signal, below this: the measurements are differences of rounded numbers.
-        unexplained = max(left / total, 1e-14)
-        g = max((1 - unexplained) / k / (unexplained / (n - k)) - 1.0, 0.0)
-        evidence = 0.5 * (n - k) * math.log1p(g) - 0.5 * n * math.log1p(g * unexplained)
-        paid = int(np.count_nonzero(chosen < c - free))
-        evidence += (
-            math.lgamma(paid + 1) + math.lgamma(dimension - paid + 1) - math.lgamma(dimension + 1)
+    # The beam, one row a support: its columns, an orthonormal basis of their span, the residual,
+    # and how much of every column (squared) is outside the span.
+    supports, bases = np.zeros((1, 0), dtype=np.int64), np.zeros((1, 0, n))
+    residuals, outside = measurements[None], usable[None].astype(float)
+    # A support is known by the sum of its columns' random tags, whatever their order.
+    tag_of, tag = np.random.default_rng(0).integers(1 << 62, size=c), np.zeros(1, dtype=np.int64)
+    models = [(np.zeros(1), supports, np.ones(1))]  # log evidence, supports, shrinkage
+    top, best_size = 0.0, 0
+    for k in range(1, largest + 1):
+        gain = np.square(residuals @ scaled) / np.where(outside > 1e-6, outside, np.inf)
+        left = np.square(residuals).sum(axis=1)[:, None] - gain
+        left[outside <= 1e-6] = np.inf
+        # Ranked by fit, then by evidence; a support is reached from at most k parents. Columns that
+        # cost nothing stand in a class of their own.
+        order = np.union1d(
+            _largest(-left.ravel(), k * _BEAM),
+            np.flatnonzero(np.broadcast_to(~costs, left.shape)),
         )
-        models.append((evidence, chosen, coefficients * g / (1 + g)))
-        if evidence > models[best_size][0]:
-            best_size = k
-        # Sizes far beyond the best one have no weight: a limit on time, not on the answer.
-        if unexplained <= 1e-14 or k > best_size + 15:
+        order = order[np.isfinite(left.ravel()[order])]
+        if not order.size:
             break
-    top = models[best_size][0]
-    weights = np.array([math.exp(evidence - top) for evidence, _, _ in models])
-    weights /= weights.sum()
-    for weight, (_, chosen, coefficients) in zip(weights, models):
-        mean[chosen] += weight * coefficients
-        inclusion[chosen] += weight
+        parents, joined = np.divmod(order, c)
+        paid = costs[supports].sum(axis=1)[parents] + costs[joined]
+        score = evidence(np.maximum(left.ravel()[order], 0.0), k, paid)[0]
+        ranked = np.argsort(-score, kind="stable")
+        parents, joined = parents[ranked], joined[ranked]
+        tags = tag[parents] + tag_of[joined]
+        kept = np.sort(np.unique(tags, return_index=True)[1])[:_BEAM]
+        tag, parents, joined = tags[kept], parents[kept], joined[kept]
+        supports = np.column_stack([supports[parents], joined])
+        spans, direction = bases[parents], scaled[:, joined].T
+        for _ in range(2):  # once more, for what rounding left
+            inner = (spans @ direction[:, :, None]).transpose(0, 2, 1)
+            direction = direction - (inner @ spans)[:, 0]
+        direction /= np.linalg.norm(direction, axis=1)[:, None]
+        residuals = residuals[parents]
+        residuals = residuals - (residuals * direction).sum(axis=1)[:, None] * direction
+        outside = outside[parents] - np.square(direction @ scaled)
+        outside[np.arange(len(joined)), joined] = 0.0
+        bases = np.concatenate([spans, direction[:, None]], axis=1)
+        left = np.square(residuals).sum(axis=1)
+        logs, g = evidence(left, k, costs[supports].sum(axis=1))
+        models.append((logs, supports, g / (1 + g)))
+        if logs.max() > top:
+            top, best_size = float(logs.max()), k
+        # Sizes far beyond the best one have no weight: a limit on time, not on the answer.
+        if left.min() <= 1e-14 * total or k > best_size + 10:
+            break
+    weights = [np.exp(logs - top) for logs, _, _ in models]
+    weights = [np.where(weight > 1e-4, weight, 0.0) for weight in weights]
+    everything = sum(float(weight.sum()) for weight in weights)
+    for weight, (_, supports, shrinkage) in zip(weights[1:], models[1:]):
+        some = weight > 0
+        if not some.any():
+            continue
+        chosen, weight = supports[some], weight[some, None] / everything
+        picked = scaled.T[chosen]  # [supports, k, n]
+        gram = picked @ picked.transpose(0, 2, 1)
+        fit = np.linalg.solve(gram, (picked @ measurements)[:, :, None])[:, :, 0]
+        np.add.at(mean, chosen, weight * shrinkage[some, None] * fit)
+        np.add.at(inclusion, chosen, np.broadcast_to(weight, chosen.shape))
     return mean / np.where(usable, norms, 1.0), inclusion

@@ -461,6 +461,19 @@ def test_sparsity_above_the_dimension():
         make(8, sparsity=9)
 
 
+def test_one_measurement_of_many_variables():
+    with pytest.raises(ValueError, match="num_measurements is 1 in dimension 8"):
+        make(8, variant="adaptive", num_measurements=1)
+    assert make(1, variant="adaptive", num_measurements=1).evaluations_per_round == 2
+
+
+def test_two_measurements_still_descend():
+    optimizer = make(3, variant="adaptive", num_measurements=2)
+    for _ in range(200):
+        run_round(optimizer, lambda x: float((x[1] - 1) ** 2))
+    assert optimizer.recommend().value[1] == pytest.approx(1, abs=0.2)
+
+
 def test_budget_below_one_round_warns_with_the_number():
     with pytest.warns(errors.InefficientSettingsWarning, match="takes 25 evaluations"):
         make(50, variant="adaptive", budget=24)

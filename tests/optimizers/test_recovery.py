@@ -125,6 +125,32 @@ def test_unknown_sparsity_is_found():
         assert np.linalg.norm(mean - x) < 0.1
 
 
+def test_intercept_takes_one_degree_of_freedom():
+    # Centred measurements hold as much as their n - 1 coordinates in an orthonormal basis.
+    rng = np.random.default_rng(1)
+    a, y = rng.standard_normal((9, 12)), rng.standard_normal(9)
+    y += 2 * a[:, 3]
+    a, y = a - a.mean(axis=0), y - y.mean()
+    contrasts = np.linalg.svd(np.eye(9) - 1 / 9)[0][:, :8].T
+    for with_intercept, without in zip(
+        sparse_regression(a, y, 12, intercept=True),
+        sparse_regression(contrasts @ a, contrasts @ y, 12),
+    ):
+        np.testing.assert_allclose(with_intercept, without, atol=1e-9)
+
+
+def test_support_that_greedy_search_misses_is_found():
+    # 12 measurements, 5 of 50 entries: a support that fits exactly is all but certainly the one.
+    found = greedy = 0
+    for seed in range(20):
+        a, x, y, support = instance(seed, 12, 50, 5)
+        mean, inclusion = sparse_regression(a, y, 50)
+        found += np.array_equal(np.flatnonzero(inclusion > 0.5), support)
+        omp = OrthogonalMatchingPursuit(n_nonzero_coefs=5, fit_intercept=False).fit(a, y)
+        greedy += np.array_equal(np.flatnonzero(omp.coef_), support)
+    assert found >= 12 > 2 * greedy
+
+
 def test_pure_noise_is_left_unexplained():
     rng = np.random.default_rng(0)
     shares = []
