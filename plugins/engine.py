@@ -122,8 +122,11 @@ def paged_attention(
     keys.index_copy_(0, step.write, k_new[:, :, new].transpose(1, 2).reshape(-1, kv_heads, dim))
     values.index_copy_(0, step.write, v_new[:, :, new].transpose(1, 2).reshape(-1, kv_heads, dim))
 
-    k = keys[step.read].transpose(1, 2)  # [batch, kv_heads, length, dim]
-    v = values[step.read].transpose(1, 2)
+    # Whole rows are copied by `index_select`, element by element by indexing.
+    k, v = (
+        stored.index_select(0, step.read.flatten()).view(batch, -1, kv_heads, dim).transpose(1, 2)
+        for stored in (keys, values)
+    )  # [batch, kv_heads, length, dim]
     mask = step.mask(sliding_window, groups, q.dtype)
     folded = q.reshape(batch, kv_heads, groups * queries, dim)
     out, lse = _attend(folded, k, v, mask, scaling, softcap)
