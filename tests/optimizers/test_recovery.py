@@ -143,8 +143,8 @@ def test_support_that_greedy_search_misses_is_found():
     # 12 measurements, 5 of 50 entries: a support that fits exactly is all but certainly the one.
     found = greedy = 0
     for seed in range(20):
-        a, x, y, support = instance(seed, 12, 50, 5)
-        mean, inclusion = sparse_regression(a, y, 50)
+        a, _, y, support = instance(seed, 12, 50, 5)
+        _, inclusion = sparse_regression(a, y, 50)
         found += np.array_equal(np.flatnonzero(inclusion > 0.5), support)
         omp = OrthogonalMatchingPursuit(n_nonzero_coefs=5, fit_intercept=False).fit(a, y)
         greedy += np.array_equal(np.flatnonzero(omp.coef_), support)
