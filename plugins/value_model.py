@@ -41,8 +41,9 @@ class MAVISValueConfig(PreTrainedConfig):
         reward_std: Standard deviation of each objective's reward under the base model, positive.
         head_type: `"state"`: the value of a candidate is read at the candidate's own position.
             `"action"`: the values of all candidates are read at the prefix's last position,
-            `Q_i(s, a) = V_i(s) + <U_i h(s), P e(a)>`, with `e` the backbone's token embedding.
-        action_rank: Rank of the projections `U_i` and `P` of an action head.
+            `Q_i(s, a) = V_i(s) + <U_i h(s), P(e(a))>`, with `e` the backbone's token embedding
+            and `P` an [`ActionEmbedding`].
+        action_rank: Width of `U_i h` and `P` of an action head.
         candidate_range: Largest difference between the values of two candidates of one prefix that
             was observed, per objective; candidate pruning relies on it. None if not measured.
         top_k: Number of candidates that the model was trained to guide among.
@@ -135,6 +136,38 @@ class MAVISValueOutput(ModelOutput):
     candidate_logits: torch.Tensor | None = None
 
 
+class ActionEmbedding(nn.Module):
+    """What an action head knows of a token: two layers over its normalised embedding.
+
+    A function of the token alone, so that serving reads it from a table. A linear map would do,
+    and explains a sixth less of the variance of a state head's candidate differences.
+
+    Args:
+        width: Of the token embedding.
+        rank: Of the result.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, 2 * width)
+        self.project = nn.Linear(2 * width, rank, bias=False)
+
+    def init_weights(self) -> None:
+        """Results begin with a length near 1, whatever the embedding's scale."""
+        nn.init.normal_(self.expand.weight, std=self.expand.in_features**-0.5)
+        nn.init.zeros_(self.expand.bias)
+        rank, width = self.project.weight.shape
+        nn.init.normal_(self.project.weight, std=(0.36 * width * rank) ** -0.5)  # 0.36: E silu^2
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        """`[..., width]` of any floating dtype to `[..., rank]` float32."""
+        x = embedding.float()
+        with torch.autocast(x.device.type, enabled=False):
+            x = nn.functional.rms_norm(x, x.shape[-1:])
+            x = nn.functional.linear(x, self.expand.weight.float(), self.expand.bias.float())
+            return nn.functional.linear(nn.functional.silu(x), self.project.weight.float())
+
+
 class MAVISValueModel(PreTrainedModel):
     """A causal decoder with a value head: `V_i(s)` of every prefix, `Q_i(s, a)` of candidates.
 
@@ -166,8 +199,8 @@ class MAVISValueModel(PreTrainedModel):
         if config.head_type == "action":
             rank = config.action_rank
             self.action_query = nn.Linear(width, count * rank, bias=False)  # U, of all objectives
-            embedding = self.get_input_embeddings().weight
-            self.action_embedding = nn.Linear(embedding.shape[1], rank, bias=False)  # P
+            embedding: Any = self.get_input_embeddings().weight
+            self.action_embedding: Any = ActionEmbedding(embedding.shape[1], rank)  # P
         self.post_init()
         self._init_heads()
 
@@ -177,13 +210,8 @@ class MAVISValueModel(PreTrainedModel):
                 self._init_weights(getattr(self, head))
 
     def _init_weights(self, module: nn.Module) -> None:
-        if module is getattr(self, "action_embedding", None):
-            # Projected embeddings begin with a length near 1, whatever the embedding's scale.
-            embedding = self.get_input_embeddings().weight
-            if not embedding.is_meta:
-                length = float(embedding.detach().float().norm(dim=1).mean())
-                scale = 1 / (self.config.action_rank**0.5 * length)
-                nn.init.normal_(self.action_embedding.weight, std=scale)
+        if isinstance(module, ActionEmbedding):
+            module.init_weights()
         elif module in (self.head, getattr(self, "action_query", None)):
             # Zero predicts the mean reward for every prefix: no guidance before training.
             for parameter in module.parameters():
@@ -210,9 +238,10 @@ class MAVISValueModel(PreTrainedModel):
             )
 
     def action_table(self) -> torch.Tensor:
-        """Projected embedding `P e(a)` of every token, `[vocab, action_rank]` float32."""
-        embedding = self.get_input_embeddings().weight
-        return embedding.float() @ self.action_embedding.weight.float().T
+        """`P(e(a))` of every token, `[vocab, action_rank]` float32."""
+        embedding: Any = self.get_input_embeddings().weight
+        rows = embedding.split(8192)  # bounds the memory it takes
+        return torch.cat([self.action_embedding(r) for r in rows])
 
     def read_action_head(
         self, hidden: torch.Tensor, candidates: torch.Tensor, table: torch.Tensor | None = None
@@ -231,12 +260,11 @@ class MAVISValueModel(PreTrainedModel):
         with torch.autocast(hidden.device.type, enabled=False):
             query = nn.functional.linear(hidden.float(), self.action_query.weight.float())
             if table is None:
-                embedded = nn.functional.embedding(candidates, self.get_input_embeddings().weight)
-                actions = nn.functional.linear(
-                    embedded.float(), self.action_embedding.weight.float()
-                )
-            else:
-                actions = nn.functional.embedding(candidates, table)
+                tokens, candidates = candidates.unique(return_inverse=True)
+                embedding: Any = self.get_input_embeddings().weight
+                table = self.action_embedding(nn.functional.embedding(tokens, embedding))
+            assert table is not None
+            actions = nn.functional.embedding(candidates, table)
             advantages = actions @ query.unflatten(-1, (count, rank)).transpose(-1, -2)
         return advantages + self.read_head(hidden)[..., None, :]
 

@@ -6,19 +6,30 @@ Nothing heavy is imported here: names are loaded when they are first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .distillation_config import MAVISDistillationConfig
+    from .distillation_trainer import MAVISDistillationTrainer
     from .mavis_config import MAVISConfig
     from .mavis_trainer import MAVISTrainer
     from .rollouts import Tree, read_rollouts
 
 _MODULES = {
     "MAVISConfig": "mavis_config",
+    "MAVISDistillationConfig": "distillation_config",
+    "MAVISDistillationTrainer": "distillation_trainer",
     "MAVISTrainer": "mavis_trainer",
     "Tree": "rollouts",
     "read_rollouts": "rollouts",
 }
 _EXTRAS = {"accelerate", "datasets", "peft", "pyarrow", "torch", "tqdm", "transformers", "trl"}
 
-__all__ = ["MAVISConfig", "MAVISTrainer", "Tree", "read_rollouts"]
+__all__ = [
+    "MAVISConfig",
+    "MAVISDistillationConfig",
+    "MAVISDistillationTrainer",
+    "MAVISTrainer",
+    "Tree",
+    "read_rollouts",
+]
 
 
 def __getattr__(name: str) -> Any:

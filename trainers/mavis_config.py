@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from trimtab.plugins.value_model import HEAD_TYPES
+
 
 @dataclass
 class MAVISConfig(TrainingArguments):
@@ -30,6 +32,12 @@ class MAVISConfig(TrainingArguments):
             Number of the base model's first blocks that make the value model's backbone, used when
             the `model` argument of the [`MAVISTrainer`] is provided as a string. If `None`, all are
             kept.
+        head_type (`str`, *optional*, defaults to `"state"`):
+            Head of the value model, used when `model` is a string. `"state"` reads a candidate's
+            value at the candidate's own position. `"action"` reads the values of all candidates at
+            the prefix, so that a decoding step costs one token instead of `top_k + 1`.
+        action_rank (`int`, *optional*, defaults to `128`):
+            Rank of an action head's projections, used when `model` is a string.
         train_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to train the token embedding. Few of its rows are seen in the rollouts, and with
             a small backbone it holds most of the parameters.
@@ -84,6 +92,10 @@ class MAVISConfig(TrainingArguments):
 
         leaf_fraction (`float`, *optional*, defaults to `0.5`):
             Fraction of the bottom layer of every tree to train on, which would outnumber the rest.
+        sibling_weight (`float`, *optional*, defaults to `1.0`):
+            Weight, in an action head's loss, of the error in the differences between siblings that
+            begin with different tokens. Only differences between the candidates of one prefix
+            guide.
         max_length (`int`, *optional*, defaults to `1024`):
             Maximum number of tokens of a training sequence. A larger tree is cut into several
             sequences of whole responses, which repeat what these share.
@@ -145,6 +157,20 @@ class MAVISConfig(TrainingArguments):
             "used when the `model` argument of the `MAVISTrainer` is provided as a string. If "
             "`None`, all are kept."
         },
+    )
+    head_type: str = field(
+        default="state",
+        metadata={
+            "help": "Head of the value model, used when `model` is a string. `'state'` reads a "
+            "candidate's value at the candidate's own position. `'action'` reads the values of all "
+            "candidates at the prefix, so that a decoding step costs one token instead of "
+            "`top_k + 1`.",
+            "choices": ["state", "action"],
+        },
+    )
+    action_rank: int = field(
+        default=128,
+        metadata={"help": "Rank of an action head's projections, used when `model` is a string."},
     )
     train_embeddings: bool = field(
         default=False,
@@ -257,6 +283,14 @@ class MAVISConfig(TrainingArguments):
             "the rest."
         },
     )
+    sibling_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight, in an action head's loss, of the error in the differences between "
+            "siblings that begin with different tokens. Only differences between the candidates of "
+            "one prefix guide."
+        },
+    )
     max_length: int = field(
         default=1024,
         metadata={
@@ -277,6 +311,7 @@ class MAVISConfig(TrainingArguments):
             "children",
             "rollout_batch_size",
             "generation_batch_size",
+            "action_rank",
             "max_length",
         ):
             if getattr(self, name) < 1:
@@ -285,5 +320,9 @@ class MAVISConfig(TrainingArguments):
             raise ValueError(f"`top_k` must not be negative, got {self.top_k}")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
+        if self.head_type not in HEAD_TYPES:
+            raise ValueError(f"`head_type` must be one of {HEAD_TYPES}, got {self.head_type!r}")
+        if not self.sibling_weight >= 0:
+            raise ValueError(f"`sibling_weight` must not be negative, got {self.sibling_weight}")
         if not 0 <= self.leaf_fraction <= 1:
             raise ValueError(f"`leaf_fraction` must be within 0 and 1, got {self.leaf_fraction}")

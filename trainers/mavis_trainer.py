@@ -33,6 +33,7 @@ from trimtab.plugins.value_model import (
     tokenizer_fingerprint,
 )
 
+from .candidates import RANGE_SEQUENCES, add_candidates, candidate_differences
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
 from .rewards import RewardFunc, load_reward_funcs, reward_statistics
@@ -165,12 +166,13 @@ class MAVISTrainer(Trainer):
         set_seed(args.seed)
         value_model: Any = model
         if isinstance(model, str):
-            init_kwargs: dict[str, Any] = {"dtype": "auto", **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
             value_model = MAVISValueModel.from_base_model(
-                AutoModelForCausalLM.from_pretrained(model, **init_kwargs),
+                load_base_model(model, args),
                 self.objectives,
                 num_hidden_layers=args.num_hidden_layers,
                 tokenizer=processing_class,
+                head_type=args.head_type,
+                action_rank=args.action_rank,
             )
         elif list(value_model.config.objectives or []) != self.objectives:
             raise ValueError(
@@ -189,12 +191,6 @@ class MAVISTrainer(Trainer):
         self.value_config = value_model.config
         self.eos_token_ids = end_tokens(base_model, processing_class)
         value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
-        attention = value_model.backbone.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(
-                f"the backbone uses attn_implementation={attention!r}, which takes no mask of a "
-                "tree; set model_init_kwargs={'attn_implementation': 'sdpa'}"
-            )
         if peft_config is not None:
             value_model = wrap_backbone(value_model, peft_config)
             value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
@@ -210,23 +206,14 @@ class MAVISTrainer(Trainer):
         super().__init__(
             model=value_model,
             args=args,
-            data_collator=DataCollatorForTrees(
-                # Any token will do, the mask hides it.
-                pad_token_id=min(self.eos_token_ids),
-                additive_mask=attention == "eager",
-            ),
+            data_collator=tree_collator(value_model, self.eos_token_ids),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "MAVISTrainer does not support `nn.DataParallel`, which `Trainer` uses when "
-                "several GPUs are visible to a single process; use `accelerate launch`, or make "
-                "one visible with `CUDA_VISIBLE_DEVICES`"
-            )
+        refuse_data_parallel(args)
         # Evaluation computes the loss only if both are set.
         self.can_return_loss = True
         self.label_names = []
@@ -379,46 +366,26 @@ class MAVISTrainer(Trainer):
         )
         if "eval" in trees:
             self.eval_dataset = TreeDataset(trees["eval"], *arguments)
-        self._check_tree_attention()
+        check_tree_attention(self, self.train_dataset.sequences)
         self._collected = True
-
-    @torch.no_grad()
-    def _check_tree_attention(self) -> None:
-        """
-        Compares a response's hidden state in its tree with that of the response alone: a backbone
-        that ignores the mask (a recurrent one, a sliding window) would be trained on nonsense.
-        """
-        sequence = max(self.train_dataset.sequences, key=lambda s: s["position_ids"][-1])
-        batch = self._prepare_inputs(self.data_collator([sequence]))
-        seen = batch["attention_mask"][0, 0, -1]  # the last token's branch
-        seen = seen == 0 if seen.is_floating_point() else seen
-        backbone = self.accelerator.unwrap_model(self.model).backbone
-        training = backbone.training
-        backbone.eval()
-        packed = backbone(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-            use_cache=False,
-        ).last_hidden_state[0, -1]
-        alone = backbone(input_ids=batch["input_ids"][:, seen], use_cache=False)
-        alone = alone.last_hidden_state[0, -1]
-        backbone.train(training)
-        error = (packed - alone).norm() / alone.norm()
-        if not error < 0.05:
-            raise ValueError(
-                f"the backbone {self.value_config.text_config.model_type!r} does not follow "
-                f"the mask of a tree (relative error {error:.2g}), so it cannot be trained on "
-                "trees; use a backbone with full attention"
-            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Collects the rollouts and trains on them. Arguments are those of
-        [`~transformers.Trainer.train`].
+        Collects the rollouts, trains on them and measures the model's `candidate_range`. Arguments
+        are those of [`~transformers.Trainer.train`].
         """
         self.collect_rollouts()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        sequences = self.train_dataset.sequences[:RANGE_SEQUENCES]
+        base_model = load_base_model(self.base_model, self.args)
+        top_k = self.value_config.top_k
+        add_candidates(
+            sequences, base_model, self.data_collator, top_k, self.eos_token_ids, self.accelerator
+        )
+        set_candidate_range(self, sequences)
+        for sequence in sequences:
+            del sequence["candidates"], sequence["candidate_log_probs"]
+        return output
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, **kwargs: Any
@@ -441,21 +408,35 @@ class MAVISTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        action = self.value_config.head_type == "action"
+        taken = {}
+        if action:  # every token is a candidate after the one before it on its branch
+            taken = {
+                "candidates": inputs["input_ids"][..., None],
+                "candidate_positions": inputs["previous"],
+            }
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             position_ids=inputs["position_ids"],
+            **taken,
         )
         values, labels = outputs.logits, inputs["labels"]
         known = ~labels[..., 0].isnan()
         loss = (values[known] - labels[known]).square().mean()
+        # Siblings at their first and at their last tokens
+        first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
+        tokens = inputs["input_ids"].flatten()
+        distinct = tokens[first_a] != tokens[first_b]
+        flat = first = values.flatten(0, 1)
+        if action:
+            loss = loss + self._action_loss(outputs, inputs, known, distinct)
+            first = outputs.candidate_logits.flatten(0, 2)
         with torch.no_grad():
-            # Differences between siblings at their first and at their last tokens:
             # [2, n_pairs, n_objectives]
-            first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
-            flat = values.flatten(0, 1)
-            differences = torch.stack([flat[first_a] - flat[first_b], flat[last_a] - flat[last_b]])
-            tokens = inputs["input_ids"].flatten()
+            differences = torch.stack(
+                [first[first_a] - first[first_b], flat[last_a] - flat[last_b]]
+            )
             self._metrics["train" if self.model.training else "eval"].add(
                 values[known],
                 labels[known],
@@ -463,9 +444,30 @@ class MAVISTrainer(Trainer):
                 (inputs["depths"][known] - 1) * QUARTERS // self.args.max_completion_length,
                 differences,
                 inputs["sibling_labels"],
-                tokens[first_a] != tokens[first_b],
+                distinct,
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _action_loss(
+        self,
+        outputs: Any,
+        inputs: dict[str, torch.Tensor],
+        known: torch.Tensor,
+        distinct: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        `mean (Q(s, a) - label)^2` over the taken actions, plus `sibling_weight` times the mean over
+        siblings `a`, `b` after the same prefix of `(Q(s, a) - Q(s, b) - difference of labels)^2`.
+        """
+        taken = outputs.candidate_logits.flatten(2, 3)  # [batch, length, n_objectives]
+        known = known & (inputs["depths"] > 0)  # not at the prompt's last token
+        loss = (taken[known] - inputs["labels"][known]).square().mean()
+        first_a, first_b = inputs["siblings"][distinct, :2].unbind(-1)
+        if self.args.sibling_weight and len(first_a):
+            flat = taken.flatten(0, 1)
+            error = flat[first_a] - flat[first_b] - inputs["sibling_labels"][distinct]
+            loss = loss + self.args.sibling_weight * error.square().mean()
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -478,13 +480,8 @@ class MAVISTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super()._save(str(folder), state_dict=state_dict)
-            return
-        # What is handed on is a plain value model and its tokenizer, without pickled arguments.
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if is_peft_model(model):
-            model, state_dict = copy.deepcopy(model).merge_and_unload(), None
-        model.save_pretrained(folder, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
+        else:
+            save_value_model(self, folder, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
@@ -594,8 +591,89 @@ def end_tokens(base_model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return ends
 
 
+def load_base_model(name: str, args: Any) -> PreTrainedModel:
+    """The base model, in the precision that it was saved in unless `args` says otherwise."""
+    kwargs: dict[str, Any] = {"dtype": "auto", **(args.model_init_kwargs or {})}
+    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+def tree_collator(model: MAVISValueModel, eos_token_ids: set[int]) -> DataCollatorForTrees:
+    """The collator whose masks the model's backbone takes."""
+    attention = model.backbone.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"the backbone uses attn_implementation={attention!r}, which takes no mask of a "
+            "tree; set model_init_kwargs={'attn_implementation': 'sdpa'}"
+        )
+    return DataCollatorForTrees(
+        pad_token_id=min(eos_token_ids),  # any token will do, the mask hides it
+        additive_mask=attention == "eager",
+    )
+
+
+def refuse_data_parallel(args: Any) -> None:
+    """Raises where `Trainer` would wrap the model in `nn.DataParallel`."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "value models are not trained with `nn.DataParallel`, which `Trainer` uses when "
+            "several GPUs are visible to a single process; use `accelerate launch`, or make "
+            "one visible with `CUDA_VISIBLE_DEVICES`"
+        )
+
+
+@torch.no_grad()
+def check_tree_attention(trainer: Any, sequences: list[dict[str, Any]]) -> None:
+    """
+    Compares a response's hidden state in its tree with that of the response alone: a backbone that
+    ignores the mask (a recurrent one, a sliding window) would be trained on nonsense.
+    """
+    sequence = max(sequences, key=lambda s: s["position_ids"][-1])
+    batch = trainer._prepare_inputs(trainer.data_collator([sequence]))
+    seen = batch["attention_mask"][0, 0, -1]  # the last token's branch
+    seen = seen == 0 if seen.is_floating_point() else seen
+    backbone = trainer.accelerator.unwrap_model(trainer.model).backbone
+    training = backbone.training
+    backbone.eval()
+    packed = backbone(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+    ).last_hidden_state[0, -1]
+    alone = backbone(input_ids=batch["input_ids"][:, seen], use_cache=False)
+    alone = alone.last_hidden_state[0, -1]
+    backbone.train(training)
+    error = (packed - alone).norm() / alone.norm()
+    if not error < 0.05:
+        raise ValueError(
+            f"the backbone {trainer.value_config.text_config.model_type!r} does not follow "
+            f"the mask of a tree (relative error {error:.2g}), so it cannot be trained on "
+            "trees; use a backbone with full attention"
+        )
+
+
+def set_candidate_range(trainer: Any, sequences: list[dict[str, Any]]) -> None:
+    """Measures the model's `candidate_range` on sequences that have candidates, and logs it."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    with trainer.accelerator.autocast():
+        ranges = candidate_differences(model, sequences, trainer.data_collator).float()
+    trainer.value_config.candidate_range = ranges.amax(0).tolist()
+    levels = torch.tensor([0.5, 0.99, 1.0], device=ranges.device)
+    for name, row in zip(trainer.objectives, torch.quantile(ranges, levels, dim=0).T.tolist()):
+        trainer.log({f"candidate_range/{name}/{p}": x for p, x in zip((50, 99, 100), row)})
+
+
+def save_value_model(trainer: Any, folder: Path, state_dict: dict | None) -> None:
+    """Saves a plain value model and its tokenizer, without pickled training arguments."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if is_peft_model(model):
+        model, state_dict = copy.deepcopy(model).merge_and_unload(), None
+    model.save_pretrained(folder, state_dict=state_dict)
+    trainer.processing_class.save_pretrained(folder)
+
+
 def wrap_backbone(model: MAVISValueModel, peft_config: PeftConfig) -> Any:
-    """A PEFT model with the adapter in the backbone and the head trained in full."""
+    """A PEFT model with the adapter in the backbone and the heads trained in full."""
     try:
         from peft import get_peft_model
     except ModuleNotFoundError as error:
@@ -603,7 +681,8 @@ def wrap_backbone(model: MAVISValueModel, peft_config: PeftConfig) -> Any:
             "`peft_config` needs peft; pip install 'trimtab[trl]'", name="peft"
         ) from error
     config: Any = copy.deepcopy(peft_config)
-    config.modules_to_save = sorted({*(config.modules_to_save or []), "head"})
+    heads = {name for name, _ in model.named_children() if name != "backbone"}
+    config.modules_to_save = sorted({*(config.modules_to_save or []), *heads})
     if getattr(config, "target_modules", None) is None:
         # PEFT knows no default for this model type.
         config.target_modules = sorted(

@@ -44,8 +44,9 @@ def pack_tree(
     Returns:
         `list[dict[str, Any]]`: Sequences, each with
 
-        - `input_ids`, `position_ids`, `segments` (which node of the sequence a token is in) and
-          `depths` (tokens since the prompt): `[length]` int64
+        - `input_ids`, `position_ids`, `segments` (which node of the sequence a token is in),
+          `depths` (tokens since the prompt) and `previous` (index of the token before it on its
+          branch, 0 for the first): `[length]` int64
         - `parents` (of the sequence's nodes, `-1` for the root): `[n_segments]` int64
         - `labels`: `[length, n_objectives]` float32; NaN at the prompt but for its last token, and
           at tokens that have their label in another sequence
@@ -76,21 +77,24 @@ def pack_tree(
         local = {node: i for i, node in enumerate(nodes)}
         starts: dict[int, int] = {}
         columns: dict[str, list[Any]] = {
-            name: [] for name in ("input_ids", "position_ids", "segments", "depths")
+            name: [] for name in ("input_ids", "position_ids", "segments", "depths", "previous")
         }
         labels = []
         position = {0: 0}  # of a node's first token
         prompt_length = len(tree.nodes[0].tokens)
         for node in nodes:
             tokens = tree.nodes[node].tokens
+            start = starts[node] = len(columns["input_ids"])
+            before = 0
             if node:
                 parent = tree.nodes[node].parent
                 position[node] = position[parent] + len(tree.nodes[parent].tokens)
-            starts[node] = len(columns["input_ids"])
+                before = starts[parent] + len(tree.nodes[parent].tokens) - 1
             positions = range(position[node], position[node] + len(tokens))
             columns["input_ids"] += tokens
             columns["position_ids"] += positions
             columns["segments"] += [local[node]] * len(tokens)
+            columns["previous"] += [before, *range(start, start + len(tokens) - 1)]
             columns["depths"] += [max(0, p + 1 - prompt_length) for p in positions]
             label = np.full((len(tokens), values.shape[1]), np.nan, dtype=np.float32)
             if node not in labelled:
@@ -121,7 +125,7 @@ def pack_tree(
                 "siblings": np.array(columns["siblings"], dtype=np.int64).reshape(-1, 4),
                 "labels": np.concatenate(labels),
                 "sibling_labels": np.array(difference, dtype=np.float32).reshape(
-                    -1, values.shape[1]
+                    len(pairs), values.shape[1]
                 ),
             }
         )
@@ -161,7 +165,9 @@ class TreeDataset(Dataset):
     ) -> None:
         self.sequences: list[dict[str, Any]] = []
         for tree in trees:
-            values = np.stack([tree.values(name) for name in objectives], axis=-1)
+            values = np.zeros((len(tree.nodes), len(objectives)))
+            for i, name in enumerate(objectives):
+                values[:, i] = tree.values(name)
             kept = keep_leaves(tree, leaf_fraction, seed)
             self.sequences += pack_tree(tree, (values - mean) / std, max_length, kept)
 
@@ -193,6 +199,7 @@ class DataCollatorForTrees:
         input_ids = torch.full((batch, length), self.pad_token_id)
         position_ids = torch.zeros(batch, length, dtype=torch.int64)
         depths = torch.zeros(batch, length, dtype=torch.int64)
+        previous = torch.zeros(batch, length, dtype=torch.int64)
         labels = torch.full((batch, length, objectives), torch.nan)
         mask = torch.eye(length, dtype=torch.bool).repeat(batch, 1, 1)  # no row without a key
         siblings, sibling_labels = [], []
@@ -201,6 +208,7 @@ class DataCollatorForTrees:
             input_ids[i, :n] = torch.from_numpy(sequence["input_ids"])
             position_ids[i, :n] = torch.from_numpy(sequence["position_ids"])
             depths[i, :n] = torch.from_numpy(sequence["depths"])
+            previous[i, :n] = torch.from_numpy(sequence["previous"])
             labels[i, :n] = torch.from_numpy(sequence["labels"])
             mask[i, :n, :n] = branch_mask(sequence["segments"], sequence["parents"])
             siblings.append(torch.from_numpy(sequence["siblings"]) + i * length)
@@ -210,11 +218,23 @@ class DataCollatorForTrees:
             attention_mask = torch.zeros(attention_mask.shape).masked_fill(
                 ~attention_mask, torch.finfo(torch.float32).min
             )
+        candidates = {}
+        if "candidates" in sequences[0]:  # `add_candidates` was here
+            k = sequences[0]["candidates"].shape[1]
+            candidates = {
+                "candidates": torch.full((batch, length, k), -1),
+                "candidate_log_probs": torch.zeros(batch, length, k),
+            }
+            for name, padded in candidates.items():
+                for i, sequence in enumerate(sequences):
+                    padded[i, : len(sequence[name])] = torch.from_numpy(sequence[name])
         return {
+            **candidates,
             "input_ids": input_ids,
             "position_ids": position_ids,
             "attention_mask": attention_mask,  # [batch, 1, length, length]
             "depths": depths,
+            "previous": previous,
             "labels": labels,
             "siblings": torch.cat(siblings),  # into the flattened batch
             "sibling_labels": torch.cat(sibling_labels),

@@ -190,12 +190,12 @@ def test_an_action_head_is_a_bilinear_form_of_state_and_token(action_model):
     candidates = torch.randint(VOCAB_SIZE, (1, IDS.shape[1], 4))
     output = action_model(IDS, candidates=candidates)
     u = action_model.action_query.weight.double().view(2, 8, -1)
-    p = action_model.action_embedding.weight.double()
+    p = action_model.action_embedding(embedding).double()
     for t in range(IDS.shape[1]):
         for j, token in enumerate(candidates[0, t]):
             for i in range(2):
                 value = action_model.head.weight[i].double() @ hidden[t]
-                value += action_model.head.bias[i] + (u[i] @ hidden[t]) @ (p @ embedding[token])
+                value += action_model.head.bias[i] + (u[i] @ hidden[t]) @ p[token]
                 torch.testing.assert_close(
                     output.candidate_logits[0, t, j, i].double(), value, rtol=1e-4, atol=1e-5
                 )

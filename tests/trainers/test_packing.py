@@ -56,7 +56,9 @@ def test_every_prefix_has_the_value_of_its_node_once(trees, max_length):
                 while segment >= 0:
                     branch.add(segment)
                     segment = parents[segment]
-                prefix = tuple(ids[i] for i in range(end + 1) if segments[i] in branch)
+                inside = [i for i in range(end + 1) if segments[i] in branch]
+                prefix = tuple(ids[i] for i in inside)
+                assert sequence["previous"][end] == (inside[-2] if len(inside) > 1 else 0)
                 assert sequence["position_ids"][end] == len(prefix) - 1
                 assert sequence["depths"][end] == max(0, len(prefix) - len(tree.nodes[0].tokens))
                 label = sequence["labels"][end]
