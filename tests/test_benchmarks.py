@@ -6,7 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from benchmarks import _published
+from tests.conftest import make_value_model
+from tests.reference import Reference
+from trimtab.plugins import MAVISValueModel, ValueEngine
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,6 +24,8 @@ ROOT = Path(__file__).parents[1]
         ["benchmarks/congo_quadratics.py", "--quick"],
         ["benchmarks/congo_queueing.py", "--quick"],
         ["benchmarks/congo_scaling.py", "--quick"],
+        ["benchmarks/serving.py", "--quick"],
+        ["benchmarks/engine_gpu.py", "--device", "cpu", "--quick"],
         ["examples/tune_a_live_service.py", "--rounds", "2"],
         ["examples/congo_on_dask.py"],
     ],
@@ -33,3 +42,45 @@ def test_it_runs(command, tmp_path):
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     assert run.stdout.strip()
     assert not list(tmp_path.iterdir())  # a smoke test leaves nothing behind
+
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20, 21, 22, 23]]
+
+
+@pytest.mark.parametrize("form", _published.FORMS)
+def test_the_published_loop_equals_the_plain_computation(form, base_model, tmp_path):
+    names, weights = ["one", "two", "three"], [1.0, -0.5, 0.7]
+    folders = [make_value_model(tmp_path / n, base_model, [n], seed=i) for i, n in enumerate(names)]
+    reference = Reference(base_model, folders)
+    steps = _published.generate(
+        reference.base, reference.values, PROMPTS, weights=weights, beta=2.0, top_k=7,
+        max_tokens=10, form=form, greedy=True,
+    )  # fmt: skip
+    expected = [reference.greedy(prompt, 10, weights, 2.0, 7) for prompt in PROMPTS]
+    assert torch.stack(list(steps), dim=1).tolist() == expected
+
+
+@pytest.mark.parametrize("form", _published.FORMS.values())
+@torch.inference_mode()
+def test_the_published_values_equal_the_engines(form, base_model, tmp_path):
+    folder = make_value_model(tmp_path / "value", base_model, ["sweet"])
+    engine = ValueEngine([MAVISValueModel.load(str(folder))], num_slots=3, max_length=64)
+    published = form(MAVISValueModel.load(str(folder)).eval())
+    new, mask = _published.left_padded(PROMPTS)
+    texts = [list(prompt) for prompt in PROMPTS]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        candidates = torch.stack([torch.randperm(96, generator=generator)[:6] for _ in PROMPTS])
+        expected = engine.values(
+            np.arange(3),
+            np.array([len(text) for text in texts]),
+            torch.tensor([text[-1] for text in texts]),
+            candidates,
+            lambda slot, start, stop: texts[slot][start:stop],
+        )
+        found = published.values(new, mask, candidates)
+        assert torch.allclose(found, expected[..., 0], atol=1e-4)
+        new = candidates[:, 3:4]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+        for text, token in zip(texts, new[:, 0].tolist()):
+            text.append(token)
