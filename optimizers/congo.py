@@ -167,8 +167,8 @@ class _CONGO(base.Optimizer):
         if m is None:
             m = max(1, math.ceil(2 * self.sparsity * math.log(d / self.sparsity)))
             if c.variant == "adaptive":
-                # Idle workers measure too: one point more costs no time.
-                m = max(m, num_workers - 1)
+                # Idle workers measure too: the round fills its last batch of evaluations.
+                m = math.ceil((m + 1) / num_workers) * num_workers - 1
             m = min(m, d)
         elif c.variant == "adaptive" and m == 1 < d:
             raise ValueError(
@@ -584,7 +584,7 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
         sparsity: entries of the gradient that matter at a time. B, Z and E recover that many (B:
             only through ``num_measurements``). Default: a tenth of the dimension, 1 to 10.
         num_measurements: ``m``; default ``ceil(2 s ln(d / s))``, at most ``d``; the
-            adaptive variant takes ``num_workers - 1`` if that is more, up to ``d``.
+            adaptive variant adds what fills the last batch of ``num_workers``, up to ``d``.
         num_perturbations: simultaneous perturbations of a round in variant B; default ``3 m``.
         learning_rate: step size, or a function of the number of completed rounds (a module-level
             function if the optimizer is to be pickled).
