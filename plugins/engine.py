@@ -49,6 +49,30 @@ class Step:
     real: torch.Tensor | None = None  # [total] int64, cells of the rectangle that hold a token
     padded: torch.Tensor | None = None  # [batch * queries] int64, the token in each cell
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)  # by window
+    copies: dict[int, Step] = field(default_factory=dict)  # by their number
+
+    def repeated(self, copies: int, store_tokens: int) -> Step:
+        """The same pass for each of several adapters, one behind the other, with own stores."""
+        if copies == 1:
+            return self
+        if copies not in self.copies:
+
+            def behind(index: torch.Tensor, size: int) -> torch.Tensor:
+                offsets = torch.arange(copies, device=index.device) * size
+                return (index + offsets.view(-1, *[1] * index.ndim)).flatten(0, 1)
+
+            padded = self.real is not None and self.padded is not None
+            self.copies[copies] = Step(
+                written=self.written,
+                write=behind(self.write, store_tokens),
+                read=behind(self.read, store_tokens),
+                positions=self.positions.repeat(copies, 1),
+                lengths=self.lengths.repeat(copies),
+                ragged=self.ragged,
+                real=behind(self.real, self.positions.numel()) if padded else None,  # type: ignore
+                padded=behind(self.padded, self.real.numel()) if padded else None,  # type: ignore
+            )
+        return self.copies[copies]
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The layers' additive mask, made once for each window of attention.
@@ -180,7 +204,8 @@ class ValueEngine:
     is at every call; `truncate` or `release` a slot when its earlier tokens change.
 
     Args:
-        models: Value models; their objectives are concatenated. The engine takes them over.
+        models: Value models; their objectives are concatenated. The engine takes them over. Those
+            that hold the same backbone object are its adapters, see `adapters`.
         num_slots: Number of sequences that may be known at once.
         max_length: Longest prefix, in tokens.
         device: Where to compute.
@@ -210,6 +235,10 @@ class ValueEngine:
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         self.models = list(models)
+        families: dict[int, list[int]] = {}
+        for i, model in enumerate(self.models):
+            families.setdefault(id(model.backbone), []).append(i)
+        self._families = list(families.values())  # indices of the models of each backbone
         bytes_per_token = 0
         for model in self.models:
             config = _cacheable(model, max_length)
@@ -231,12 +260,13 @@ class ValueEngine:
             )
         tokens = (num_blocks + 1) * BLOCK_SIZE
         self.kv_cache_bytes = tokens * bytes_per_token
-        self.weight_bytes = sum(p.nbytes for model in self.models for p in model.parameters())
-        self._stores: list[Store] = []
-        self._action_tables: list[torch.Tensor | None] = []
-        for model in self.models:
-            config = model.config.text_config
-            shape = (tokens, _kv_heads(config), _head_dim(config))
+        weights = {id(p): p.nbytes for model in self.models for p in model.parameters()}
+        self.weight_bytes = sum(weights.values())
+        self._store_tokens = tokens
+        self._stores: list[Store] = []  # of each family, its adapters' one behind the other
+        for family in self._families:
+            config = self.models[family[0]].config.text_config
+            shape = (len(family) * tokens, _kv_heads(config), _head_dim(config))
             self._stores.append(
                 [
                     (
@@ -246,9 +276,11 @@ class ValueEngine:
                     for _ in range(config.num_hidden_layers)
                 ]
             )
-            with torch.inference_mode():
-                action = model.config.head_type == "action"
-                self._action_tables.append(model.action_table() if action else None)
+        with torch.inference_mode():
+            self._action_tables = [
+                model.action_table() if model.config.head_type == "action" else None
+                for model in self.models
+            ]
         self.weight_bytes += sum(t.nbytes for t in self._action_tables if t is not None)
 
         # A block's users, and which prefix it holds if that may be shared: the prefix of its
@@ -345,24 +377,28 @@ class ValueEngine:
         self._store_prefixes(slots, lengths, history)
         self._cached[slots] = lengths
         last_tokens = last_tokens[:, None].to(candidates.dtype)
-        values, alone, beside = [], None, None  # `alone` and `beside`: the pass of each head
-        for i, (model, table) in enumerate(zip(self.models, self._action_tables)):
-            if table is not None:
+        values: dict[int, torch.Tensor] = {}
+        alone = beside = None  # the pass of each head
+        for f, family in enumerate(self._families):
+            if self._action_tables[family[0]] is not None:
                 alone = alone or self._step(slots, lengths, lengths[:, None] - 1, 1)
-                hidden = self._forward(i, last_tokens.flatten(), alone)
-                values.append(model.read_action_head(hidden, candidates, table))
-            else:
-                beside = beside or self._candidate_step(slots, lengths, counts)
-                width = beside.positions.shape[1] - 1
-                tokens = torch.cat((last_tokens, candidates[:, :width]), dim=1).flatten()
-                if beside.real is not None:
-                    tokens = tokens[beside.real]
-                read = model.read_head(self._forward(i, tokens, beside))
+                for i, hidden in zip(family, self._forward(f, last_tokens.flatten(), alone)):
+                    values[i] = self.models[i].read_action_head(
+                        hidden, candidates, self._action_tables[i]
+                    )
+                continue
+            beside = beside or self._candidate_step(slots, lengths, counts)
+            width = beside.positions.shape[1] - 1
+            tokens = torch.cat((last_tokens, candidates[:, :width]), dim=1).flatten()
+            if beside.real is not None:
+                tokens = tokens[beside.real]
+            for i, hidden in zip(family, self._forward(f, tokens, beside)):
+                read = self.models[i].read_head(hidden)
                 if beside.real is not None:
                     read = read.index_select(0, beside.padded)
                 read = read.view(len(slots), 1 + width, -1)[:, 1:]
-                values.append(nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width)))
-        return torch.cat(values, dim=-1)
+                values[i] = nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width))
+        return torch.cat([values[i] for i in range(len(self.models))], dim=-1)
 
     def _store_prefixes(self, slots: np.ndarray, lengths: np.ndarray, history: History) -> None:
         """Bring the store up to all but the last token of each prefix, with room for that one."""
@@ -465,8 +501,8 @@ class ValueEngine:
             offsets = np.arange(width)
             positions = np.where(offsets < n[:, None], first[:, None] + offsets, -1)
             step = self._step(rows, first + n, positions, width)
-            for i in range(len(self.models)):
-                self._forward(i, self._to_device(tokens.reshape(-1)), step)
+            for family in range(len(self._families)):
+                self._forward(family, self._to_device(tokens.reshape(-1)), step)
             self._cached[rows] = first + n
         for slot, tokens in whole.items():
             self._offer(slot, tokens)
@@ -508,17 +544,19 @@ class ValueEngine:
             ragged=bool((lengths < longest).any()),
         )
 
-    def _forward(self, index: int, tokens: torch.Tensor, step: Step) -> torch.Tensor:
-        """A model's last hidden states `[total, hidden]` of `tokens` `[total]`."""
+    def _forward(self, family: int, tokens: torch.Tensor, step: Step) -> Sequence[torch.Tensor]:
+        """Last hidden states `[total, hidden]` of `tokens` `[total]`, of each model of a family."""
+        adapters = len(self._families[family])
+        step = step.repeated(adapters, self._store_tokens)
         positions = step.positions.flatten()
-        hidden = self.models[index].backbone(
-            input_ids=tokens[None],
+        hidden = self.models[self._families[family][0]].backbone(
+            input_ids=tokens.repeat(adapters)[None],
             position_ids=(positions if step.real is None else positions[step.real])[None],
             use_cache=False,
             mavis_step=step,
-            mavis_store=self._stores[index],
+            mavis_store=self._stores[family],
         )
-        return hidden.last_hidden_state[0]
+        return hidden.last_hidden_state[0].chunk(adapters)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
+from .adapters import load_value_models
 from .engine import GIB, ValueEngine
 from .guide import Guide
 from .params import GuidanceParams, parse_weights
@@ -59,7 +60,9 @@ class MAVISLogitsProcessor(LogitsProcessor):
         dtype: torch.dtype | None = None,
         kv_cache_memory_gib: float = 1.0,
     ) -> None:
-        self._models = [MAVISValueModel.load(m) if isinstance(m, str) else m for m in value_models]
+        named = [m for m in value_models if isinstance(m, str)]
+        loaded = iter(load_value_models(named, dtype or torch.float32))
+        self._models = [next(loaded) if isinstance(m, str) else m for m in value_models]
         if not self._models:
             raise ValueError("value_models is empty: give at least one value model")
         configs = [model.config for model in self._models]

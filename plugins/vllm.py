@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from .adapters import load_value_models
 from .engine import GIB, ValueEngine
 from .guide import Guide
 from .params import PREFIX, GuidanceConfig, GuidanceParams, request_params
@@ -159,7 +160,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         device = torch.device(state) if is_pin_memory is not None else state.device  # type: ignore
         num_slots = vllm_config.scheduler_config.max_num_seqs
         dtype = getattr(torch, config.dtype) if config.dtype else model_config.dtype
-        models = [MAVISValueModel.load(path, dtype=dtype) for _, path in config.value_models]
+        models = load_value_models([path for _, path in config.value_models], dtype)
         for model, (_, path) in zip(models, config.value_models):
             _check_base_model(model, path, vllm_config)
         engine = ValueEngine(
