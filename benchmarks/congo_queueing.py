@@ -460,11 +460,11 @@ def main() -> None:
         global ROUNDS
         ROUNDS, names = 5, names[:1]
     results = {
-        name: measure(name, options.seeds, 100 if options.quick else 10_000) for name in names
+        name: measure(name, options.seeds, 100 if options.quick else 20_000) for name in names
     }
     if options.quick:
         return
-    content: dict[str, tp.Any] = {"rounds": ROUNDS, "ppo_steps": 10_000, "settings": results}
+    content: dict[str, tp.Any] = {"rounds": ROUNDS, "ppo_steps": 20_000, "settings": results}
     save("congo_queueing", content)
     plot(results)
     save("congo_queueing", {**content, "entered_and_left": reproductions(options.seeds)})

@@ -1,7 +1,8 @@
-"""Scaling: time and memory of a round against the dimension, and of one sparse recovery.
+"""Scaling: time and memory of a round against the dimension, of one recovery, and of many rounds.
 
 Ten variables matter; a round has ``ceil(20 ln(d / 10)) + 1`` evaluations. Every optimizer gets as
-many, in a process of its own, whose peak memory is read at the end; CPU time of ask and tell.
+many, in a process of its own, whose peak memory is read at the end; CPU time of ask and tell. The
+long run is a noisy cost of one variable, two evaluations a round.
 
     python benchmarks/congo_scaling.py            # about 4 minutes on one core, 1.5 GB
     python benchmarks/congo_scaling.py --quick
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import resource
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from trimtab.optimizers import ParametrizedCONGO, basis_pursuit, cosamp
 
 SPARSITY = 10
 DIMENSIONS = (100, 1_000, 10_000, 100_000, 1_000_000)
+ROUNDS = (1_000, 10_000, 100_000)
 # The largest dimension that each is asked for: CMA's memory grows with the square of it.
 OPTIMIZERS = {"CONGO": 10**6, "RandomSearch": 10**6, "SPSA": 10**6, "NGOpt": 10**5, "CMA": 10**4}
 
@@ -34,7 +37,7 @@ def measurements(dimension: int) -> int:
 
 
 def one(label: str, dimension: int) -> dict[str, float]:
-    """Two rounds of one optimizer, in this process; the second is a cached one."""
+    """Rounds of one optimizer, in this process."""
     parametrization = ng.p.Array(shape=(dimension,))
     parametrization.random_state.seed(0)
     evaluations = measurements(dimension) + 1
@@ -46,7 +49,7 @@ def one(label: str, dimension: int) -> dict[str, float]:
     optimizer = algorithm(parametrization, budget=100 * evaluations)
     support = np.random.default_rng(0).choice(dimension, SPARSITY, replace=False)
     rounds = []
-    for _ in range(2 if dimension > 10_000 else 6):
+    for _ in range(2 if dimension >= 10_000 else 6):
         spent = 0.0
         for _ in range(evaluations):
             start = time.process_time()
@@ -63,6 +66,30 @@ def one(label: str, dimension: int) -> dict[str, float]:
         "ask_tell_ms": float(np.median(rounds)) / evaluations * 1e3,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
+
+
+def long_run(rounds: tp.Sequence[int]) -> dict[str, dict[str, float]]:
+    """Size of the pickled optimizer and peak memory of the process after so many rounds."""
+    parametrization = ng.p.Array(shape=(1,))
+    parametrization.random_state.seed(0)
+    optimizer = ParametrizedCONGO(variant="adaptive")(parametrization)
+    rng = np.random.default_rng(0)
+    start, found = time.process_time(), {}
+    for target in rounds:
+        largest = 0
+        while optimizer.num_rounds < target:
+            candidate = optimizer.ask()
+            loss = float(candidate.value[0] ** 2 + 0.1 * rng.standard_normal())
+            optimizer.tell(candidate, loss)
+            # The archive moves between a third of its 1,000 points and all of them.
+            if optimizer.num_tell % 100 == 0 and optimizer.num_rounds > target - 1000:
+                largest = max(largest, len(pickle.dumps(optimizer)))
+        found[str(target)] = {
+            "largest_pickle_of_last_1000_rounds_kb": largest / 1e3,
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+            "cpu_s": time.process_time() - start,
+        }
+    return found
 
 
 def recoveries(dimension: int, repetitions: int) -> dict[str, tp.Any]:
@@ -115,6 +142,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         print(json.dumps(one(sys.argv[2], int(sys.argv[3]))))
         return
+    if sys.argv[1:2] == ["--long-run"]:
+        print(json.dumps(long_run([int(rounds) for rounds in sys.argv[2:]])))
+        return
     options = arguments(__doc__.splitlines()[0], seeds=20)
     dimensions = DIMENSIONS[:2] if options.quick else DIMENSIONS
     rounds: dict[str, tp.Any] = {}
@@ -131,12 +161,20 @@ def main() -> None:
                 f"{row['ask_tell_ms']:8.3f} ms  peak {row['peak_gb']:.2f} GB",
                 flush=True,
             )
+    lengths = ROUNDS[:1] if options.quick else ROUNDS
+    command = [sys.executable, "-W", "ignore", __file__, "--long-run", *map(str, lengths)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    long = json.loads(done.stdout)
+    print("long run", long, flush=True)
     found = {}
     for dimension in dimensions[:4]:
         found[str(dimension)] = recoveries(dimension, options.seeds if dimension < 10**5 else 3)
         print(dimension, found[str(dimension)], flush=True)
     if not options.quick:
-        save("congo_scaling", {"sparsity": SPARSITY, "rounds": rounds, "recovery": found})
+        save(
+            "congo_scaling",
+            {"sparsity": SPARSITY, "rounds": rounds, "recovery": found, "long_run": long},
+        )
         plot(rounds)
 
 
