@@ -46,8 +46,9 @@ class Step:
     positions: torch.Tensor  # [batch, queries] int64
     lengths: torch.Tensor  # [batch] int64, prefix tokens in the store once `write` is done
     ragged: bool  # whether some prefix is shorter than `length`
-    real: torch.Tensor | None = None  # [total] int64, cells of the rectangle that hold a token
-    padded: torch.Tensor | None = None  # [batch * queries] int64, the token in each cell
+    # If packed: which cells of the rectangle hold a token [total], and the token in each cell
+    # [batch * queries], both int64.
+    packing: tuple[torch.Tensor, torch.Tensor] | None = None
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)  # by window
     copies: dict[int, Step] = field(default_factory=dict)  # by their number
 
@@ -61,7 +62,10 @@ class Step:
                 offsets = torch.arange(copies, device=index.device) * size
                 return (index + offsets.view(-1, *[1] * index.ndim)).flatten(0, 1)
 
-            padded = self.real is not None and self.padded is not None
+            packing = self.packing
+            if packing is not None:
+                real, padded = packing
+                packing = behind(real, len(padded)), behind(padded, len(real))
             self.copies[copies] = Step(
                 written=self.written,
                 write=behind(self.write, store_tokens),
@@ -69,8 +73,7 @@ class Step:
                 positions=self.positions.repeat(copies, 1),
                 lengths=self.lengths.repeat(copies),
                 ragged=self.ragged,
-                real=behind(self.real, self.positions.numel()) if padded else None,  # type: ignore
-                padded=behind(self.padded, self.real.numel()) if padded else None,  # type: ignore
+                packing=packing,
             )
         return self.copies[copies]
 
@@ -132,8 +135,8 @@ def paged_attention(
     assert s_aux is None  # attention sinks are refused by the engine
     step = mavis_step
     batch, queries = step.positions.shape
-    if step.padded is not None:
-        query, key, value = (t.index_select(2, step.padded) for t in (query, key, value))
+    if step.packing is not None:
+        query, key, value = (t.index_select(2, step.packing[1]) for t in (query, key, value))
     kv_heads, dim = key.shape[1], key.shape[3]
     groups = query.shape[1] // kv_heads
     keys, values = mavis_store[module.layer_idx]  # type: ignore[index]
@@ -166,8 +169,8 @@ def paged_attention(
         merged = torch.lerp(out[:, :, :, candidates], v_new[:, :, None, candidates], share)
         out = torch.cat((out[:, :, :, : step.written], merged), dim=3)
     out = out.permute(0, 3, 1, 2, 4).reshape(1, batch * queries, kv_heads * groups, dim)
-    if step.real is not None:
-        out = out.index_select(1, step.real)
+    if step.packing is not None:
+        out = out.index_select(1, step.packing[0])
     return out, None  # [1, total, heads, dim]
 
 
@@ -390,12 +393,12 @@ class ValueEngine:
             beside = beside or self._candidate_step(slots, lengths, counts)
             width = beside.positions.shape[1] - 1
             tokens = torch.cat((last_tokens, candidates[:, :width]), dim=1).flatten()
-            if beside.real is not None:
-                tokens = tokens[beside.real]
+            if beside.packing is not None:
+                tokens = tokens[beside.packing[0]]
             for i, hidden in zip(family, self._forward(f, tokens, beside)):
                 read = self.models[i].read_head(hidden)
-                if beside.real is not None:
-                    read = read.index_select(0, beside.padded)
+                if beside.packing is not None:
+                    read = read.index_select(0, beside.packing[1])
                 read = read.view(len(slots), 1 + width, -1)[:, 1:]
                 values[i] = nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width))
         return torch.cat([values[i] for i in range(len(self.models))], dim=-1)
@@ -519,8 +522,10 @@ class ValueEngine:
         padded = np.where(real, real.cumsum().reshape(real.shape) - 1, 0)
         return replace(
             step,
-            real=self._to_device(np.flatnonzero(real)),
-            padded=self._to_device(padded.reshape(-1)),
+            packing=(
+                self._to_device(np.flatnonzero(real)),
+                self._to_device(padded.reshape(-1)),
+            ),
         )
 
     def _step(
@@ -549,9 +554,11 @@ class ValueEngine:
         adapters = len(self._families[family])
         step = step.repeated(adapters, self._store_tokens)
         positions = step.positions.flatten()
+        if step.packing is not None:
+            positions = positions[step.packing[0]]
         hidden = self.models[self._families[family][0]].backbone(
             input_ids=tokens.repeat(adapters)[None],
-            position_ids=(positions if step.real is None else positions[step.real])[None],
+            position_ids=positions[None],
             use_cache=False,
             mavis_step=step,
             mavis_store=self._stores[family],

@@ -307,7 +307,7 @@ class MAVISValueModel(PreTrainedModel):
             use_cache=False,
         ).last_hidden_state
         logits = self.read_head(hidden[:, :length])
-        if candidates is None:
+        if candidates is None or candidate_positions is None:
             return MAVISValueOutput(logits=logits)
         if action:
             index = candidate_positions[..., None].expand(-1, -1, hidden.shape[-1])

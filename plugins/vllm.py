@@ -144,7 +144,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         state: torch.device | LogitsProcRequestState,
         is_pin_memory: bool | None = None,
     ) -> None:
-        model_config = vllm_config.model_config
+        model_config: Any = vllm_config.model_config
         if vllm_config.speculative_config is not None:
             raise ValueError(
                 "MAVIS does not guide speculative decoding: a request then has a row of logits for "
