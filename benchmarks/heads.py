@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import rewards  # noqa: E402
 
 MODELS = ("state=artifacts/value_model", "action=artifacts/action_model")
-BETAS = (4.0, 8.0, 12.0)
+FIRST_BETAS, BETAS = (4.0, 8.0), (4.0, 8.0, 12.0)  # of the first model and of the others
 TOP_K, MAX_TOKENS, BATCH = 40, 48, 96
 DRAWS = 2000
 
@@ -115,9 +115,10 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
     jobs += [
         (name, objective, beta, s)
         for s in range(0, args.samples, per_batch)
-        for beta in args.betas
+        for beta in sorted({*args.first_betas, *args.betas}, key=lambda b: (b != args.at_beta, b))
         for objective in objectives
         for name in models
+        if beta in betas_of(args, name)
     ]
     for number, (name, objective, beta, s) in enumerate(jobs):
         if (name, objective, beta, s) in known:
@@ -146,6 +147,11 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
             flush=True,
         )
     return done
+
+
+def betas_of(args: argparse.Namespace, name: str) -> list[float]:
+    """The betas that a model is measured at."""
+    return args.first_betas if name == args.models[0].split("=")[0] else args.betas
 
 
 def at_kl(kls: np.ndarray, gains: np.ndarray, kl: float) -> float:
@@ -181,7 +187,7 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
         curves = {}
         for name in names:
             kls, gains = [], []
-            for beta in args.betas:
+            for beta in betas_of(args, name):
                 key = (name, objective, beta)
                 chosen = lambda r, key=key: (r["model"], r["objective"], r["beta"]) == key  # noqa: E731
                 kls.append(means(chosen, lambda r: r["kl"]))
@@ -191,10 +197,10 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
             entry[name] = {
                 "curve": [
                     {"beta": beta, "kl": interval(kl), "gain": interval(gain)}
-                    for beta, kl, gain in zip(args.betas, kls, gains)
+                    for beta, kl, gain in zip(betas_of(args, name), kls, gains)
                 ]
             }
-        reference = args.betas.index(args.at_beta)
+        reference = args.first_betas.index(args.at_beta)
         target = curves[names[0]][0][reference]
         of_first = curves[names[0]][1][reference]
         entry["kl"] = interval(target)
@@ -204,7 +210,6 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
             entry[name]["gain_at_kl"] = interval(read)
             entry[name]["share"] = interval(read / of_first)
         result[objective] = entry
-    # The mean over objectives of the shares, whose interval is narrower
     return result
 
 
@@ -241,6 +246,7 @@ def main() -> None:
     parser.add_argument("--base", default="artifacts/smollm2")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER")
     parser.add_argument("--objectives", nargs="+", help="by default all")
+    parser.add_argument("--first-betas", nargs="+", type=float, default=list(FIRST_BETAS))
     parser.add_argument("--betas", nargs="+", type=float, default=list(BETAS))
     parser.add_argument("--at-beta", type=float, default=8.0)
     parser.add_argument("--samples", type=int, default=4, help="responses to each prompt")
@@ -255,7 +261,7 @@ def main() -> None:
     result = measure(args, responses, len(prompts))
     names = [m.split("=")[0] for m in args.models]
     parameters = {
-        "models": args.models, "betas": args.betas, "at_beta": args.at_beta, "top_k": TOP_K,
+        "models": args.models, "at_beta": args.at_beta, "top_k": TOP_K,
         "max_tokens": MAX_TOKENS, "prompts": len(prompts), "samples": args.samples,
     }  # fmt: skip
     text = json.dumps({"parameters": parameters, "objectives": result}, indent=2)

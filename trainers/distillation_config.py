@@ -38,6 +38,9 @@ class MAVISDistillationConfig(TrainingArguments):
             `model` is a string. If `None`, all are kept.
         action_rank (`int`, *optional*, defaults to `128`):
             Rank of an action head's projections, used when `model` is a string.
+        freeze_backbone (`bool`, *optional*, defaults to `False`):
+            Whether to train the heads only: with a single teacher of equal depth cheap, and the
+            values of prefixes stay the teacher's.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used to
             load the base model.
@@ -47,9 +50,12 @@ class MAVISDistillationConfig(TrainingArguments):
         top_k (`int`, *optional*):
             Number of the base model's likeliest next tokens that make the candidates. If `None`, it
             defaults to what the teachers guide among.
-        positions_per_sequence (`int`, *optional*, defaults to `16`):
-            Number of prefixes, drawn anew for every batch, at which the candidates of a training
-            sequence are compared.
+        positions_per_sequence (`int`, *optional*, defaults to `48`):
+            Number of prefixes of each training sequence, drawn at random, at which candidates are
+            compared. The teachers value them once, before training: that costs more than several
+            epochs of it.
+        leaf_fraction (`float`, *optional*, defaults to `0.5`):
+            Fraction of the bottom layer of every tree to use.
         uniform_weight (`float`, *optional*, defaults to `0.5`):
             Candidates are weighted by a mixture of the base model's probabilities and, in this
             share, the uniform distribution: guidance raises unlikely candidates.
@@ -65,7 +71,7 @@ class MAVISDistillationConfig(TrainingArguments):
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: Defaults to `2e-4` instead of `5e-5`.
     > - `per_device_train_batch_size`: Defaults to `2` instead of `8`; one item is a tree.
-    > - `num_train_epochs`: Defaults to `2` instead of `3`.
+    > - `num_train_epochs`: Defaults to `4` instead of `3`.
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
@@ -83,7 +89,7 @@ class MAVISDistillationConfig(TrainingArguments):
         metadata={"help": "Number of training sequences, of a tree each, per device and step."},
     )
     num_train_epochs: float = field(
-        default=2.0,
+        default=4.0,
         metadata={"help": "Total number of training epochs to perform."},
     )
     logging_steps: float = field(
@@ -127,6 +133,13 @@ class MAVISDistillationConfig(TrainingArguments):
         default=128,
         metadata={"help": "Rank of an action head's projections, used when `model` is a string."},
     )
+    freeze_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to train the heads only: with a single teacher of equal depth cheap, "
+            "and the values of prefixes stay the teacher's."
+        },
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -144,11 +157,16 @@ class MAVISDistillationConfig(TrainingArguments):
         },
     )
     positions_per_sequence: int = field(
-        default=16,
+        default=48,
         metadata={
-            "help": "Number of prefixes, drawn anew for every batch, at which the candidates of a "
-            "training sequence are compared."
+            "help": "Number of prefixes of each training sequence, drawn at random, at which "
+            "candidates are compared. The teachers value them once, before training: that costs "
+            "more than several epochs of it."
         },
+    )
+    leaf_fraction: float = field(
+        default=0.5,
+        metadata={"help": "Fraction of the bottom layer of every tree to use."},
     )
     uniform_weight: float = field(
         default=0.5,
@@ -191,8 +209,9 @@ class MAVISDistillationConfig(TrainingArguments):
             raise ValueError(f"`top_k` must be at least 2, got {self.top_k}")
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"`head_type` must be one of {HEAD_TYPES}, got {self.head_type!r}")
-        if not 0 <= self.uniform_weight <= 1:
-            raise ValueError(f"`uniform_weight` must be within 0 and 1, got {self.uniform_weight}")
+        for name in ("uniform_weight", "leaf_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be within 0 and 1, got {getattr(self, name)}")
         for name in ("value_weight", "head_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")

@@ -27,7 +27,7 @@ from trimtab.plugins.value_model import (
     tokenizer_fingerprint,
 )
 
-from .candidates import RANGE_SEQUENCES, add_candidates, choose_positions
+from .candidates import RANGE_SEQUENCES, add_candidates
 from .distillation_config import MAVISDistillationConfig
 from .mavis_trainer import (
     check_tree_attention,
@@ -146,6 +146,7 @@ class MAVISDistillationTrainer(Trainer):
                 f"the student has the objectives {student.config.objectives}, the teachers "
                 f"{self.objectives}; they must be the same in the same order"
             )
+        student.backbone.requires_grad_(not args.freeze_backbone)
         student.get_input_embeddings().requires_grad_(False)
         self.value_config = student.config
         self.value_config.tokenizer_fingerprint = tokenizer_fingerprint(processing_class)
@@ -161,6 +162,7 @@ class MAVISDistillationTrainer(Trainer):
                     "head_learning_rate",
                     "num_train_epochs",
                     "per_device_train_batch_size",
+                    "freeze_backbone",
                     "positions_per_sequence",
                     "uniform_weight",
                     "value_weight",
@@ -175,10 +177,8 @@ class MAVISDistillationTrainer(Trainer):
             model=student,
             args=args,
             data_collator=collator,
-            train_dataset=self._pack("train", train_dataset, args.max_length),
-            eval_dataset=(
-                None if eval_dataset is None else self._pack("eval", eval_dataset, args.max_length)
-            ),
+            train_dataset=self._pack("train", train_dataset, args),
+            eval_dataset=(None if eval_dataset is None else self._pack("eval", eval_dataset, args)),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -211,9 +211,11 @@ class MAVISDistillationTrainer(Trainer):
         if len(self.teachers) == 1 and shapes[0] == shapes[1]:
             student.backbone.load_state_dict(teacher.backbone.state_dict())
             student.head.load_state_dict(teacher.head.state_dict())
+            # Left to train, Adam would make steps of the rounding errors of its gradient.
+            student.head.requires_grad_(not (args.freeze_backbone and args.head_type == "action"))
         return student
 
-    def _pack(self, name: str, rollouts: Any, max_length: int) -> TreeDataset:
+    def _pack(self, name: str, rollouts: Any, args: MAVISDistillationConfig) -> TreeDataset:
         trees = rollouts
         if isinstance(rollouts, (str, Path)):
             trees = read_rollouts(rollouts)
@@ -223,11 +225,14 @@ class MAVISDistillationTrainer(Trainer):
                 "MAVISTrainer stored them (`rollout_dir` and in it 'train' or 'eval'), or a list "
                 "of trees"
             )
-        return TreeDataset(trees, [], np.zeros(0), np.ones(0), max_length)
+        nothing = np.zeros(0)  # no rewards are needed
+        return TreeDataset(
+            trees, [], nothing, nothing, args.max_length, args.leaf_fraction, args.seed
+        )
 
     def add_candidates(self) -> None:
         """
-        Finds the base model's candidates along the rollouts, once.
+        Finds the base model's candidates and the teachers' values along the rollouts, once.
 
         [`~MAVISDistillationTrainer.train`] and [`~MAVISDistillationTrainer.evaluate`] call it; a
         second call does nothing.
@@ -241,10 +246,13 @@ class MAVISDistillationTrainer(Trainer):
                 add_candidates(
                     dataset.sequences,
                     base_model,
+                    self.teachers,
                     self.data_collator,
                     self.top_k,
+                    self.args.positions_per_sequence,
                     self.eos_token_ids,
                     self.accelerator,
+                    self.args.seed,
                 )
         self._added_candidates = True
 
@@ -291,35 +299,26 @@ class MAVISDistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        mode = "train" if self.model.training else "eval"
-        known = inputs["candidates"][..., 0] >= 0
-        positions = choose_positions(
-            known, self.args.positions_per_sequence, shuffle=mode == "train"
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            candidates=inputs["candidates"],
+            candidate_positions=inputs["candidate_positions"],
         )
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        candidates = inputs["candidates"][rows, positions]  # [batch, n, k]
-        batch = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "position_ids": inputs["position_ids"],
-            "candidates": candidates.clamp(min=0),
-            "candidate_positions": positions,
-        }
-        with torch.no_grad(), self.accelerator.autocast():
-            taught = [teacher(**batch) for teacher in self.teachers]
-        outputs = model(**batch)
-        chosen = known[rows, positions]
-        log_probs = inputs["candidate_log_probs"][rows, positions][chosen]
-        weights = candidate_weights(log_probs, self.args.uniform_weight)
-        student = centre(outputs.candidate_logits[chosen], weights)
-        teacher = centre(torch.cat([t.candidate_logits for t in taught], -1)[chosen], weights)
-        # [n_chosen, n_objectives]: of each prefix
+        known = inputs["candidate_known"]
+        weights = candidate_weights(inputs["candidate_log_probs"][known], self.args.uniform_weight)
+        student = centre(outputs.candidate_logits[known], weights)
+        teacher = centre(inputs["teacher_candidate_values"][known], weights)
+        # [n_prefixes, n_objectives]
         error = (weights[..., None] * (student - teacher).square()).sum(-2)
-        values = outputs.logits[known] - torch.cat([t.logits for t in taught], -1)[known]
+        responses = inputs["depths"] > 0
+        values = (outputs.logits - inputs["teacher_values"])[responses]
         loss = error.mean() + self.args.value_weight * values.square().mean()
         with torch.no_grad():
             variance = (weights[..., None] * teacher.square()).sum(-2)
             agreement = student.argmax(-2) == teacher.argmax(-2)
+            mode = "train" if self.model.training else "eval"
             self._metrics[mode].add(error, variance, agreement)
         return (loss, outputs) if return_outputs else loss
 

@@ -33,7 +33,12 @@ from trimtab.plugins.value_model import (
     tokenizer_fingerprint,
 )
 
-from .candidates import RANGE_SEQUENCES, add_candidates, candidate_differences
+from .candidates import (
+    RANGE_POSITIONS,
+    RANGE_SEQUENCES,
+    add_candidates,
+    candidate_differences,
+)
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
 from .rewards import RewardFunc, load_reward_funcs, reward_statistics
@@ -376,15 +381,20 @@ class MAVISTrainer(Trainer):
         """
         self.collect_rollouts()
         output = super().train(*args, **kwargs)
-        sequences = self.train_dataset.sequences[:RANGE_SEQUENCES]
+        # Copies: the candidates are not for the training that may go on.
+        sequences = [dict(s) for s in self.train_dataset.sequences[:RANGE_SEQUENCES]]
         base_model = load_base_model(self.base_model, self.args)
-        top_k = self.value_config.top_k
         add_candidates(
-            sequences, base_model, self.data_collator, top_k, self.eos_token_ids, self.accelerator
+            sequences,
+            base_model,
+            [],
+            self.data_collator,
+            self.value_config.top_k,
+            RANGE_POSITIONS,
+            self.eos_token_ids,
+            self.accelerator,
         )
         set_candidate_range(self, sequences)
-        for sequence in sequences:
-            del sequence["candidates"], sequence["candidate_log_probs"]
         return output
 
     def evaluate(  # type: ignore[override]

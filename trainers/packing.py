@@ -12,9 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from .rollouts import Tree
+
+CANDIDATE_COLUMNS = (
+    "candidate_positions",
+    "candidates",
+    "candidate_log_probs",
+    "teacher_values",
+    "teacher_candidate_values",
+)
 
 
 def keep_leaves(tree: Tree, fraction: float, seed: int) -> set[int]:
@@ -218,16 +227,18 @@ class DataCollatorForTrees:
             attention_mask = torch.zeros(attention_mask.shape).masked_fill(
                 ~attention_mask, torch.finfo(torch.float32).min
             )
-        candidates = {}
+        candidates: dict[str, torch.Tensor] = {}
         if "candidates" in sequences[0]:  # `add_candidates` was here
-            k = sequences[0]["candidates"].shape[1]
             candidates = {
-                "candidates": torch.full((batch, length, k), -1),
-                "candidate_log_probs": torch.zeros(batch, length, k),
+                name: pad_sequence(
+                    [torch.from_numpy(sequence[name]) for sequence in sequences], batch_first=True
+                )
+                for name in CANDIDATE_COLUMNS
+                if name in sequences[0]
             }
-            for name, padded in candidates.items():
-                for i, sequence in enumerate(sequences):
-                    padded[i, : len(sequence[name])] = torch.from_numpy(sequence[name])
+            counts = torch.tensor([len(s["candidates"]) for s in sequences])
+            ranks = torch.arange(int(counts.max()))
+            candidates["candidate_known"] = ranks < counts[:, None]
         return {
             **candidates,
             "input_ids": input_ids,

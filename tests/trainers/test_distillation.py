@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import MAVISDistillationConfig, MAVISDistillationTrainer
-from trimtab.trainers.candidates import candidate_differences, choose_positions
+from trimtab.trainers.candidates import candidate_differences
 from trimtab.trainers.rollouts import TreeConfig
 
 from .conftest import END, make_model, make_tokenizer
@@ -49,6 +49,8 @@ def trainer(base_model, folder, teachers, train, student=None, **fields):
             "head_learning_rate": 3e-3,
             "per_device_train_batch_size": 4,
             "num_train_epochs": 1,
+            "positions_per_sequence": 1000,
+            "leaf_fraction": 1.0,
             **fields,
         },
     )
@@ -81,23 +83,39 @@ def plain(model, prefix, candidates):
         return output.logits[0, -1], output.candidate_logits[0, 0]
 
 
+def candidates_of(sequence):
+    """Every prefix with candidates: its tokens, its candidates and their log-probabilities."""
+    prefixes = dict(branches(sequence))
+    for i, position in enumerate(sequence["candidate_positions"]):
+        log_probs = torch.from_numpy(sequence["candidate_log_probs"][i])
+        yield prefixes[position], sequence["candidates"][i].tolist(), log_probs
+
+
 def test_candidates_are_the_base_models_after_every_prefix(base_model, trees, tmp_path):
     made = trainer(base_model, tmp_path, value_model(base_model, ["a"]), trees)
     made.add_candidates()
     base = make_model()
     for sequence in made.train_dataset.sequences[:4]:
-        for end, prefix in branches(sequence):
-            ends = prefix[-1] == END or len(prefix) < 3  # the prompts have 3 tokens
-            if ends:
-                assert (sequence["candidates"][end] == -1).all()
-                continue
-            logits = base(torch.tensor([prefix])).logits[0, -1]
-            top, candidates = logits.topk(K)
-            assert sequence["candidates"][end].tolist() == candidates.tolist()
-            torch.testing.assert_close(
-                torch.from_numpy(sequence["candidate_log_probs"][end]).float(),
-                top.log_softmax(-1), atol=5e-3, rtol=5e-3,
-            )  # fmt: skip
+        for prefix, candidates, log_probs in candidates_of(sequence):
+            top, expected = base(torch.tensor([prefix])).logits[0, -1].topk(K)
+            assert candidates == expected.tolist()
+            torch.testing.assert_close(log_probs, top.log_softmax(-1), atol=1e-4, rtol=1e-4)
+        # The prompts have 3 tokens; nothing follows the end.
+        expected = [e for e, p in branches(sequence) if len(p) >= 3 and p[-1] != END]
+        assert sequence["candidate_positions"].tolist() == expected
+
+
+def test_some_prefixes_are_drawn_and_the_same_again(base_model, trees, tmp_path):
+    drawn = []
+    for _ in range(2):
+        made = trainer(
+            base_model, tmp_path, value_model(base_model, ["a"]), trees, positions_per_sequence=5
+        )
+        made.add_candidates()
+        made.add_candidates()
+        drawn.append([s["candidate_positions"].tolist() for s in made.train_dataset.sequences])
+    assert drawn[0] == drawn[1] and {len(set(d)) for d in drawn[0]} == {5}
+    assert len(set(map(tuple, drawn[0]))) > 6
 
 
 @pytest.mark.parametrize("head_type", ["state", "action"])
@@ -109,7 +127,7 @@ def test_loss_is_that_of_a_plain_computation(base_model, trees, tmp_path, head_t
     student = value_model(base_model, ["a", "b", "c"], seed=3, head_type=head_type)
     made = trainer(
         base_model, tmp_path, teachers, trees, student,
-        positions_per_sequence=1000, uniform_weight=0.3, value_weight=0.7,
+        uniform_weight=0.3, value_weight=0.7,
     )  # fmt: skip
     made.add_candidates()
     made.model.eval()
@@ -118,18 +136,16 @@ def test_loss_is_that_of_a_plain_computation(base_model, trees, tmp_path, head_t
         loss = made.compute_loss(made.model, made.data_collator(sequences))
     differences, values = [], []
     for sequence in sequences:
-        for end, prefix in branches(sequence):
-            candidates = sequence["candidates"][end].tolist()
-            if candidates[0] < 0:
-                continue
-            weights = 0.3 / K + 0.7 * torch.tensor(sequence["candidate_log_probs"][end]).exp()
-            taught = [plain(teacher, prefix, candidates) for teacher in teachers]
-            v, q = (torch.cat(parts, -1) for parts in zip(*taught))
-            own_v, own_q = plain(student, prefix, candidates)
-            error = own_q - q
+        for prefix, candidates, log_probs in candidates_of(sequence):
+            weights = 0.3 / K + 0.7 * log_probs.exp()
+            q = torch.cat([plain(teacher, prefix, candidates)[1] for teacher in teachers], -1)
+            error = plain(student, prefix, candidates)[1] - q
             mean = (weights[:, None] * error).sum(0)
             differences.append((weights[:, None] * (error - mean) ** 2).sum(0))
-            values.append((own_v - v) ** 2)
+        for _, prefix in branches(sequence):
+            if len(prefix) > 3:
+                v = torch.cat([plain(teacher, prefix, [1])[0] for teacher in teachers], -1)
+                values.append((plain(student, prefix, [1])[0] - v) ** 2)
     expected = torch.stack(differences).mean() + 0.7 * torch.stack(values).mean()
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=2e-3)
     metrics = made._metrics["eval"].compute(made.accelerator)
@@ -207,34 +223,24 @@ def test_candidate_range_is_the_largest_difference(base_model, trees, tmp_path):
     teacher = value_model(base_model, ["a", "b"])
     made = trainer(base_model, tmp_path, teacher, trees)
     made.train()
-    found = candidate_differences(made.model, made.train_dataset.sequences, made.data_collator)
     expected = []
     for sequence in made.train_dataset.sequences:
-        for end, prefix in branches(sequence):
-            candidates = sequence["candidates"][end].tolist()
-            if candidates[0] >= 0:
-                q = plain(made.model.eval(), prefix, candidates)[1]
-                expected.append(q.amax(0) - q.amin(0))
-    assert max(len(s["input_ids"]) for s in made.train_dataset.sequences) > 32
-    torch.testing.assert_close(
-        torch.tensor(made.model.config.candidate_range), found.amax(0), atol=1e-5, rtol=1e-4
-    )
-    # A sample of positions: never more than the truth, and with all positions the truth.
-    assert (found.amax(0) <= torch.stack(expected).amax(0) + 1e-5).all()
-    short = [s for s in made.train_dataset.sequences if (s["candidates"][:, 0] >= 0).sum() <= 32]
-    assert len(short) < len(made.train_dataset.sequences)
+        for prefix, candidates, _ in candidates_of(sequence):
+            values = plain(made.model.eval(), prefix, candidates)[1]
+            expected.append(values.amax(0) - values.amin(0))
+    found = candidate_differences(made.model, made.train_dataset.sequences, made.data_collator)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)
+    assert made.model.config.candidate_range == pytest.approx(found.amax(0).tolist(), rel=1e-4)
 
 
-def test_positions_are_known_ones(base_model):
-    known = torch.rand(3, 50) < 0.4
-    known[1] = False
-    known[1, 7] = True
-    for shuffle in (False, True):
-        positions = choose_positions(known, 5, shuffle)
-        assert positions.shape == (3, 5)
-        assert known.gather(1, positions).sum(1).tolist() == [5, 1, 5]
-        assert all(len(set(row)) == 5 for row in positions.tolist())
-    assert torch.equal(choose_positions(known, 5, False), choose_positions(known, 5, False))
+def test_frozen_backbone_keeps_the_teachers_values(base_model, trees, tmp_path):
+    teacher = value_model(base_model, ["a"])
+    made = trainer(base_model, tmp_path, teacher, trees, freeze_backbone=True, value_weight=0.0)
+    made.train()
+    made.model.eval()
+    ids = torch.tensor([trees[0].nodes[0].tokens])
+    assert torch.equal(made.model(ids).logits, teacher(ids).logits)
+    assert made.model.action_query.weight.abs().max() > 0
 
 
 def test_interrupted_distillation_resumes_from_its_checkpoint(base_model, trees, tmp_path):
