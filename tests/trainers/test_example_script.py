@@ -1,4 +1,4 @@
-"""The example script, from a YAML file to a saved value model."""
+"""The example scripts, from YAML files to a saved value model and its distillation."""
 
 import importlib.util
 import json
@@ -15,9 +15,9 @@ from trimtab.trainers import read_rollouts
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(folder, *arguments):
+def run(folder, script, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / "train_value_models.py"), *arguments]
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -45,7 +45,9 @@ use_cpu: true
 report_to: none
 """
     )
-    finished = run(tmp_path, "--config", "config.yaml", "--num_train_epochs", "1")
+    finished = run(
+        tmp_path, "train_value_models.py", "--config", "config.yaml", "--num_train_epochs", "1"
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     model = MAVISValueModel.load(str(tmp_path / "value_model"))
     assert model.config.objectives == ["goodness"]
@@ -53,6 +55,25 @@ report_to: none
     assert len(read_rollouts(tmp_path / "value_model" / "rollouts" / "train")) == 6
     metrics = json.loads((tmp_path / "value_model" / "eval_results.json").read_text())
     assert "eval_explained_variance/goodness" in metrics
+
+    (tmp_path / "distil.yaml").write_text(
+        f"""
+model_name_or_path: {base_model}
+teachers: [value_model]
+rollout_dir: value_model/rollouts
+output_dir: action_model
+num_hidden_layers: 1
+use_cpu: true
+report_to: none
+"""
+    )
+    finished = run(tmp_path, "distill_value_models.py", "--config", "distil.yaml")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    student = MAVISValueModel.load(str(tmp_path / "action_model"))
+    assert student.config.head_type == "action" and student.config.objectives == ["goodness"]
+    assert "distill_value_models.py" in student.config.provenance["command"]
+    metrics = json.loads((tmp_path / "action_model" / "eval_results.json").read_text())
+    assert "eval_difference_explained_variance/goodness" in metrics
 
 
 @pytest.mark.parametrize("spec", ["goodness", "=my_rewards:goodness"])
