@@ -20,18 +20,27 @@ import tempfile
 import time
 import typing as tp
 from collections import Counter, defaultdict
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from _serving_report import markdown, plot
+from _serving_workers import (
+    BETA,
+    OBJECTIVES,
+    Arm,
+    Done,
+    Job,
+    Worker,
+    make_models,
+    start_loop,
+    start_vllm,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-BETA = 8.0
 UNGUIDED = "vLLM"  # what every ratio is relative to
-OBJECTIVES = ("first", "second", "third")  # of the models with random heads
 
 TOPICS = (
     "the sea", "a small town", "bread", "winter", "an old bridge", "jazz", "the night sky", "bees",
@@ -47,31 +56,6 @@ class Cell:
     load: int
     prompt: int = 32
     k: int = 40
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What answers the requests.
-
-    Attributes:
-        name: As in the tables.
-        worker: The process that it runs in.
-        objectives: How many the guided requests weigh; 0 is no guidance.
-        half: Only every other request is guided, and only the others are measured.
-        any_token: Unguided sampling from all tokens rather than the `k` likeliest.
-        n: Responses to each request, of which one is delivered.
-        form: Of the published loop, "tree" or "copies"; empty for vLLM.
-        tokens: Of each response; the slow arms' times are extrapolated to the common number.
-    """
-
-    name: str
-    worker: str
-    objectives: int = 0
-    half: bool = False
-    any_token: bool = False
-    n: int = 1
-    form: str = ""
-    tokens: int | None = None
 
 
 MAIN = (Cell(1), Cell(8), Cell(32))
@@ -97,6 +81,7 @@ ARMS: dict[Arm, tuple[Cell, ...]] = {
     Arm("state head, pruned, 3 objectives", "pruned", 3): GRIDS,
     Arm("base-sized action head, 3 objectives", "base-sized", 3): MAIN[:2],
     Arm("3 base-sized action models of 1 objective", "3 base-sized", 3): MAIN[:2],
+    Arm("published loop without guidance", "loop", form="tree", tokens=16): MAIN[:2],
     Arm("published, tree, 1 objective", "loop", 1, form="tree", tokens=16): MAIN[:2],
     Arm("published, tree, 2 objectives", "loop", 2, form="tree", tokens=16): MAIN[:2],
     Arm("published, tree, 3 objectives", "loop", 3, form="tree", tokens=16): GRIDS,
@@ -126,280 +111,6 @@ COMPARISONS: tuple[tuple[str, str, tuple[Cell, ...], float | None], ...] = (
 )  # fmt: skip
 # The cells that cost most are visited this often at the most.
 MOST_REPETITIONS = {cell: 2 for cell in PROMPTS}
-
-
-class Clock:
-    """Exclusive seconds spent under each label: a call within a call stops the outer's clock."""
-
-    def __init__(self) -> None:
-        self.spent: Counter[str] = Counter()
-        self._labels = ["rest"]
-        self._since = time.perf_counter()
-
-    def lap(self) -> None:
-        now = time.perf_counter()
-        self.spent[self._labels[-1]] += now - self._since
-        self._since = now
-
-    def restart(self) -> None:
-        self.lap()
-        self.spent.clear()
-
-    def watch(self, owner: tp.Any, name: str, label: str) -> None:
-        """Replace a function of a module, class or object by a timed one."""
-        inner = getattr(owner, name)
-
-        def timed(*args: tp.Any, **kwargs: tp.Any) -> tp.Any:
-            self.lap()
-            self._labels.append(label)
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.lap()
-                self._labels.pop()
-
-        setattr(owner, name, timed)
-
-
-class Job(tp.NamedTuple):
-    """What a worker is asked for: responses to some prompts."""
-
-    prompts: list[list[int]]
-    max_tokens: int
-    k: int
-    arm: Arm
-
-
-class Done(tp.NamedTuple):
-    """What it answers."""
-
-    times: list[list[float]]  # of each prompt's tokens, seconds since all were submitted
-    spent: dict[str, float]  # seconds by label, after all had their first token
-    memory: dict[str, float]  # GB
-    candidates: float = 0.0  # of a guided row after pruning, mean
-
-
-def memory() -> dict[str, float]:
-    """Resident memory of this process in GB, now and at its peak."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return {key: int(lines[key].split()[0]) / 1e6 for key in ("VmRSS", "VmHWM")}
-
-
-def start_vllm(base: str, mavis: dict[str, tp.Any] | None, quick: bool) -> tp.Any:
-    """An engine of vLLM in this process; returns the function that serves a job, and its facts."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    clock = Clock()
-    options: dict[str, tp.Any] = {}
-    facts: dict[str, tp.Any] = {}
-    guides: list[tp.Any] = []
-    if mavis is not None:
-        import trimtab.plugins.guide
-        from trimtab.plugins import ValueEngine
-        from trimtab.plugins.guide import Guide
-        from trimtab.plugins.vllm import MAVISLogitsProcessor
-
-        name = "trimtab.plugins.vllm:MAVISLogitsProcessor"
-        options = {"logits_processors": [name], "additional_config": {"mavis": mavis}}
-        for method in ("update_state", "apply"):
-            clock.watch(MAVISLogitsProcessor, method, "guidance, other")
-        clock.watch(trimtab.plugins.guide, "top_candidates", "candidates")
-        for method, function in list(vars(ValueEngine).items()):
-            if callable(function) and not method.startswith("_"):
-                clock.watch(ValueEngine, method, "value model")
-        build = Guide.__init__
-
-        def remember(guide: tp.Any, *args: tp.Any, **kwargs: tp.Any) -> None:
-            build(guide, *args, **kwargs)
-            guides.append(guide)
-
-        Guide.__init__ = remember
-    llm = LLM(
-        base, dtype="float32" if quick else "bfloat16", enforce_eager=True, max_num_seqs=32,
-        max_model_len=256 if quick else 1152, kv_cache_memory_bytes=(16 if quick else 256) << 20,
-        distributed_executor_backend="uni", enable_prefix_caching=False, skip_tokenizer_init=True,
-        **options,
-    )  # fmt: skip
-    engine: tp.Any = llm.llm_engine
-    for guide in guides:
-        facts["objectives"] = list(guide.engine.objectives)
-        facts["value weights, GB"] = guide.engine.weight_bytes / 1e9
-        facts["value store, GB"] = guide.engine.kv_cache_bytes / 1e9
-    runner = engine.model_executor.driver_worker.worker.model_runner
-    clock.watch(runner, "_model_forward", "base model")
-    clock.watch(runner.model, "compute_logits", "base model")
-    clock.watch(runner, "_sample", "sampling")
-    submitted = 0
-
-    def serve(job: Job) -> Done:
-        nonlocal submitted
-        guidance: dict[str, tp.Any] = {"mavis_beta": BETA, "mavis_top_k": job.k}
-        if job.arm.objectives:
-            chosen = facts["objectives"][: job.arm.objectives]
-            guidance["mavis_weights"] = {name: 1 / len(chosen) for name in chosen}
-        requests: dict[str, int] = {}
-        times: list[list[float]] = [[] for _ in job.prompts]
-        for guide in guides:
-            guide.rows = guide.candidates = 0
-        start = time.perf_counter()
-        for i, prompt in enumerate(job.prompts):
-            guided = job.arm.objectives > 0 and not (job.arm.half and i % 2)
-            # The unguided sample from as many candidates as the guided ones choose from.
-            params = SamplingParams(
-                n=job.arm.n, max_tokens=job.max_tokens, ignore_eos=True, temperature=1.0,
-                top_k=0 if guided or job.arm.any_token else job.k, detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-                extra_args=guidance if guided else None,
-            )  # fmt: skip
-            requests[str(submitted)] = i
-            engine.add_request(str(submitted), {"prompt_token_ids": prompt}, params)
-            submitted += 1
-        while engine.has_unfinished_requests():
-            prefilling = not all(times)
-            for output in engine.step():
-                now = time.perf_counter() - start
-                for response in output.outputs:
-                    if response.index == 0:  # of best-of-N, one; it ends with the others
-                        times[requests[output.request_id]] += [now] * len(response.token_ids)
-            if prefilling:
-                clock.restart()
-        clock.lap()
-        left = sum(g.candidates for g in guides) / max(1, sum(g.rows for g in guides))
-        return Done(times, dict(clock.spent), memory(), left)
-
-    return serve, facts
-
-
-def start_loop(base: str, layers: int | None, quick: bool) -> tp.Any:
-    """The published algorithm on transformers, with one value model for each objective."""
-    import _published
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from trimtab.plugins import MAVISValueModel
-
-    # The served model's, as trimtab's value models have it.
-    dtype = torch.float32 if quick else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
-    models = []
-    for name in OBJECTIVES:
-        value_model = MAVISValueModel.from_base_model(
-            model, [name], num_hidden_layers=layers, dtype=dtype
-        )
-        random_heads(value_model)
-        models.append(value_model.eval())
-    clock = Clock()
-    clock.watch(model, "forward", "base model")
-    for form in _published.FORMS.values():
-        clock.watch(form, "values", "value model")
-
-    def serve(job: Job) -> Done:
-        times: list[list[float]] = [[] for _ in job.prompts]
-        count = job.arm.objectives
-        start = time.perf_counter()
-        for _ in _published.generate(
-            model, models[:count], job.prompts, weights=[1 / count] * count, beta=BETA,
-            top_k=job.k, max_tokens=job.max_tokens, form=job.arm.form,
-        ):  # fmt: skip
-            now = time.perf_counter() - start
-            if not times[0]:
-                clock.restart()
-            for of_prompt in times:
-                of_prompt.append(now)
-        clock.lap()
-        return Done(times, dict(clock.spent), memory())
-
-    return serve, {}
-
-
-def random_heads(model: tp.Any) -> None:
-    """Heads start at zero, which guides nowhere."""
-    import torch
-
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("backbone."):
-            torch.nn.init.normal_(parameter, std=0.02)
-
-
-def make_models(folder: str, base: str, quick: bool) -> None:
-    """Value models with random heads into `folder`, where speed is all that is asked of them."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    from trimtab.plugins import MAVISValueModel
-
-    def make(name: str, objectives: tp.Sequence[str], layers: int | None, head_type: str) -> None:
-        value_model = MAVISValueModel.from_base_model(
-            model,
-            objectives,
-            num_hidden_layers=layers,
-            dtype=dtype,
-            head_type=head_type,
-            candidate_range=[1.0] * len(objectives),
-        )
-        random_heads(value_model)
-        value_model.save_pretrained(Path(folder, name))
-
-    if quick:
-        config = LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, head_dim=32,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-        )  # fmt: skip
-        model, dtype, layers = LlamaForCausalLM(config), torch.float32, 2
-        model.save_pretrained(base)
-        make("state", OBJECTIVES, layers, "state")
-        make("action", OBJECTIVES, layers, "action")
-        return
-    dtype = torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    make("base-sized", OBJECTIVES, None, "action")
-    for name in OBJECTIVES:
-        make(f"action-{name}", [name], 4, "action")
-        make(f"base-sized-{name}", [name], None, "action")
-
-
-def work(pipe: tp.Any, log: str, start: tp.Callable[..., tp.Any], *arguments: tp.Any) -> None:
-    """A worker: starts, then serves the jobs that come through the pipe until None comes."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    serve, facts = start(*arguments)
-    pipe.send((facts, memory()))
-    while (job := pipe.recv()) is not None:
-        pipe.send(serve(job))
-
-
-class Worker:
-    """A process and the pipe to it; it sleeps between jobs."""
-
-    def __init__(self, name: str, folder: str, start: tp.Callable[..., tp.Any], *args: tp.Any):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.log = Path(folder, f"{name}.log")
-        self.process = context.Process(
-            target=work, args=(other, str(self.log), start, *args), daemon=True
-        )
-        self.process.start()
-        other.close()
-
-    def receive(self) -> tp.Any:
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
-            raise RuntimeError(f"a worker ended, its log:\n{tail}") from None
-
-    def ask(self, job: Job) -> Done:
-        self.pipe.send(job)
-        return self.receive()
-
-    def end(self) -> None:
-        self.pipe.send(None)
-        self.process.join()
 
 
 class Prompts:
@@ -459,10 +170,10 @@ def summarise(runs: dict[tuple[Arm, Cell], dict[int, tp.Any]]) -> list[dict[str,
             affordable[cell].append((arm.n, rows))
     table = []
     order = list(ARMS)
-    for (arm, cell), rows in sorted(
-        runs.items(),
-        key=lambda item: (astuple(item[0][1])[1:], item[0][1].load, order.index(item[0][0])),
+    for arm, cell in sorted(
+        runs, key=lambda at: (at[1].prompt, at[1].k != 40, at[1].k, at[1].load, order.index(at[0]))
     ):
+        rows = runs[arm, cell]
         gaps = np.concatenate([row["gaps_ms"] for row in rows.values()])
         steps = sum(row["steps"] for row in rows.values())
         spent: Counter[str] = Counter()
