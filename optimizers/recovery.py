@@ -310,7 +310,8 @@ def sparse_regression(
         ranked = np.argsort(-score, kind="stable")
         parents, joined = parents[ranked], joined[ranked]
         tags = tag[parents] + tag_of[joined]
-        kept = np.sort(np.unique(tags, return_index=True)[1])[:_BEAM]
+        _, first = np.unique(tags, return_index=True)
+        kept = np.sort(first)[:_BEAM]
         tag, parents, joined = tags[kept], parents[kept], joined[kept]
         supports = np.column_stack([supports[parents], joined])
         spans, direction = bases[parents], scaled[:, joined].T
