@@ -288,7 +288,8 @@ def sparse_regression(
     supports, bases = np.zeros((1, 0), dtype=np.int64), np.zeros((1, 0, n))
     residuals, outside = measurements[None], usable[None].astype(float)
     # A support is known by the sum of its columns' random tags, whatever their order.
-    tag_of, tag = np.random.default_rng(0).integers(1 << 62, size=c), np.zeros(1, dtype=np.int64)
+    tag_of: np.ndarray = np.random.default_rng(0).integers(1 << 62, size=(c,))
+    tag = np.zeros(1, dtype=np.int64)
     models = [(np.zeros(1), supports, np.ones(1))]  # log evidence, supports, shrinkage
     top, best_size = 0.0, 0
     for k in range(1, largest + 1):
