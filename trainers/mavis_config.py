@@ -41,6 +41,10 @@ class MAVISConfig(TrainingArguments):
         train_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to train the token embedding. Few of its rows are seen in the rollouts, and with
             a small backbone it holds most of the parameters.
+        merge_adapter (`bool`, *optional*, defaults to `True`):
+            Whether [`~MAVISTrainer.save_model`] merges the adapter of `peft_config` into the
+            backbone. Unmerged adapters of one base model are served as one batch, from one copy of
+            its weights.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used to
             load the base model.
@@ -177,6 +181,14 @@ class MAVISConfig(TrainingArguments):
         metadata={
             "help": "Whether to train the token embedding. Few of its rows are seen in the "
             "rollouts, and with a small backbone it holds most of the parameters."
+        },
+    )
+    merge_adapter: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether `save_model` merges the adapter of `peft_config` into the backbone. "
+            "Unmerged adapters of one base model are served as one batch, from one copy of its "
+            "weights."
         },
     )
     model_init_kwargs: dict[str, Any] | str | None = field(

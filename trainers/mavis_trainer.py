@@ -117,7 +117,8 @@ class MAVISTrainer(Trainer):
             A tuple containing the optimizer and the scheduler to use.
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the backbone; the head is trained in full. Checkpoints
-            hold the adapter, [`~MAVISTrainer.save_model`] writes the merged model.
+            hold the adapter, [`~MAVISTrainer.save_model`] writes the merged model unless
+            `args.merge_adapter` is `False`.
     """
 
     loss_is_scaled_for_ga = False
@@ -674,9 +675,11 @@ def set_candidate_range(trainer: Any, sequences: list[dict[str, Any]]) -> None:
 
 
 def save_value_model(trainer: Any, folder: Path, state_dict: dict | None) -> None:
-    """Saves a plain value model and its tokenizer, without pickled training arguments."""
+    """Saves a value model or its adapter, and the tokenizer, without pickled arguments."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if is_peft_model(model):
+    if is_peft_model(model) and not getattr(trainer.args, "merge_adapter", True):
+        trainer.value_config.save_pretrained(folder)
+    elif is_peft_model(model):
         model, state_dict = copy.deepcopy(model).merge_and_unload(), None
     model.save_pretrained(folder, state_dict=state_dict)
     trainer.processing_class.save_pretrained(folder)

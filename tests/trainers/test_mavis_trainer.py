@@ -9,6 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
+from trimtab.plugins import ValueEngine
+from trimtab.plugins.adapters import load_value_models
 from trimtab.plugins.value_model import MAVISValueModel, tokenizer_fingerprint
 from trimtab.trainers import MAVISConfig, MAVISTrainer, read_rollouts
 from trimtab.trainers.mavis_trainer import ValueMetrics
@@ -281,6 +283,37 @@ def test_lora_trains_adapter_and_head_and_saves_them_merged(base_model, tmp_path
     resumed = trainer(base_model, tmp_path, peft_config=lora, **fields)
     resumed.train(resume_from_checkpoint=True)
     torch.testing.assert_close(resumed.model.state_dict(), made.model.state_dict())
+
+
+def test_adapters_saved_unmerged_are_served_as_they_were_trained(base_model, tmp_path):
+    made = []
+    for objective in ("goodness", "brevity"):
+        made.append(
+            trainer(
+                base_model,
+                tmp_path / objective,
+                {objective: goodness},
+                peft_config=LoraConfig(r=4),
+                merge_adapter=False,
+                num_train_epochs=1,
+            )
+        )
+        made[-1].train()
+        made[-1].save_model()
+    folders = [str(tmp_path / objective) for objective in ("goodness", "brevity")]
+    models = load_value_models(folders, torch.float32)
+    assert models[0].backbone is models[1].backbone
+    assert models[0].config.reward_std == made[0].value_config.reward_std
+    engine = ValueEngine(models, num_slots=1, max_length=16)
+    candidates = torch.tensor([[5, 6, 7]])
+    values = engine.values(
+        np.array([0]), np.array([4]), torch.tensor([10]), candidates, lambda *_: [4, 8, 9]
+    )
+    ids = torch.tensor([[4, 8, 9, 10, token] for token in candidates[0]])
+    with torch.inference_mode():
+        for i, one in enumerate(made):
+            expected = one.model.eval()(input_ids=ids).logits[:, -1, 0]
+            torch.testing.assert_close(values[0, :, i], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("train_embeddings", [False, True])
