@@ -200,6 +200,35 @@ def _attend(
 AttentionInterface.register(ATTENTION, paged_attention)
 
 
+class PackedLinear(nn.Module):
+    """A bfloat16 linear layer of a CPU whose weights lie as oneDNN multiplies them.
+
+    `nn.Linear` brings its weights into that order at every call, which takes as long again as the
+    product itself when a batch has few tokens. The operators are those of PyTorch's own compiler.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.nbytes = linear.weight.nbytes
+        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def pack(module: nn.Module) -> None:
+    """Replace the module's linear layers by packed ones, where this CPU can run them."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    for name, child in module.named_children():
+        if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16:
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack(child)
+
+
 class ValueEngine:
     """Values `[batch, k, objectives]` of candidates, with a bounded cache of the prefixes.
 
@@ -247,6 +276,8 @@ class ValueEngine:
             config = _cacheable(model, max_length)
             nn.Module.to(model.eval(), device=self.device, dtype=dtype)
             model.backbone.set_attn_implementation(ATTENTION)
+            if self.device.type == "cpu":
+                pack(model.backbone)
             bytes_per_token += config.num_hidden_layers * 2 * _kv_width(config) * dtype.itemsize
 
         blocks_each = -(-max_length // BLOCK_SIZE)
@@ -264,6 +295,9 @@ class ValueEngine:
         tokens = (num_blocks + 1) * BLOCK_SIZE
         self.kv_cache_bytes = tokens * bytes_per_token
         weights = {id(p): p.nbytes for model in self.models for p in model.parameters()}
+        for model in self.models:
+            packed = (m for m in model.modules() if isinstance(m, PackedLinear))
+            weights |= {id(m): m.nbytes for m in packed}
         self.weight_bytes = sum(weights.values())
         self._store_tokens = tokens
         self._stores: list[Store] = []  # of each family, its adapters' one behind the other

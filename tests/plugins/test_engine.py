@@ -219,7 +219,9 @@ def test_candidate_values_match_full_forward_in_every_architecture(name):
 def test_half_precision_stays_near_float32(dtype):
     model = make_model()
     reference = plain(model)
+    weights = sum(parameter.numel() * 2 for parameter in model.parameters())
     engine = ValueEngine([model], num_slots=2, max_length=MAX_LENGTH, dtype=dtype)
+    assert engine.weight_bytes == weights  # also where they are packed
     rng = np.random.default_rng(1)
     sequences = {s: rng.integers(0, VOCAB, 30 + 7 * s).tolist() for s in range(2)}
     candidates = rng.integers(0, VOCAB, (2, K))
