@@ -444,22 +444,26 @@ class ValueEngine:
         waiting = [(int(s), int(n)) for s, n in zip(slots[pending], lengths[pending])]
         while waiting:
             # Of prefixes that begin alike one is computed first, so that the others can share it.
-            leaders, followers, missing = [], [], set()
+            leaders, followers, missing, new = [], [], set(), {}
             for slot, length in waiting:
                 start = int(self._cached[slot])
                 tokens = np.asarray(history(slot, start, length - 1), dtype=np.int64)
                 key = None
                 if start == 0:
                     key = self._share(slot, tokens)
-                    tokens = tokens[self._cached[slot] :]
+                    new[slot], tokens = tokens, tokens[self._cached[slot] :]
                 if key is not None and key in missing:
                     followers.append((slot, length))
+                    self.release(slot)
                 else:
                     missing.add(key)
                     leaders.append((slot, length, tokens))
             chosen = np.array([slot for slot, _, _ in leaders])
             self._allocate(chosen, np.array([length for _, length, _ in leaders]))
             self._prefill({slot: tokens for slot, _, tokens in leaders})
+            for slot, _, _ in leaders:
+                if slot in new:
+                    self._offer(slot, new[slot])
             waiting = followers
 
     def _share(self, slot: int, tokens: np.ndarray) -> tuple[int, bytes] | None:
@@ -521,7 +525,6 @@ class ValueEngine:
 
     def _prefill(self, prefixes: dict[int, np.ndarray]) -> None:
         """Store the next tokens of the slots, in passes of at most `prefill_tokens` tokens."""
-        whole = {slot: tokens for slot, tokens in prefixes.items() if not self._cached[slot]}
         slots = np.array(list(prefixes))
         start = self._cached[slots]
         end = start + [len(tokens) for tokens in prefixes.values()]
@@ -541,8 +544,6 @@ class ValueEngine:
             for family in range(len(self._families)):
                 self._forward(family, self._to_device(tokens.reshape(-1)), step)
             self._cached[rows] = first + n
-        for slot, tokens in whole.items():
-            self._offer(slot, tokens)
 
     def _candidate_step(self, slots: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> Step:
         """The pass over every prefix's last token and its first `counts` candidates."""

@@ -290,7 +290,7 @@ def prefilled_tokens(engine, sequences, slots):
 
     def counting(index, tokens, step):
         if step.written == step.positions.shape[1] > 1:
-            computed.append(tokens.numel())
+            computed.append(int((step.write > 0).sum()))  # padding is written to place 0
         return forward(index, tokens, step)
 
     engine._forward = counting
@@ -300,12 +300,12 @@ def prefilled_tokens(engine, sequences, slots):
 
 
 def test_a_prefix_in_common_is_computed_once():
-    system = list(range(3, 50)) * 2  # 94 tokens, two full blocks
-    sequences = {slot: [*system[:80], slot, slot + 1] for slot in range(3)}
+    system = list(range(3, 43))  # a block and a bit
+    sequences = {slot: [*system, *[slot] * 40, 1, 2] for slot in range(3)}
     sequences[3] = sequences[0]  # two samples of one prompt
     engine = ValueEngine([make_model()], num_slots=5, max_length=MAX_LENGTH)
-    assert prefilled_tokens(engine, sequences, [0, 1, 3]) == 81 + 2 * (81 - 64)
-    assert prefilled_tokens(engine, sequences, [2]) == 81 - 64  # of requests before
+    assert prefilled_tokens(engine, sequences, [0, 1, 3]) == 81 + (81 - 32) + (81 - 64)
+    assert prefilled_tokens(engine, sequences, [2]) == 81 - 32  # of requests before
     for slot in range(4):
         engine.release(slot)
     assert prefilled_tokens(engine, sequences, [1]) == 81 - 64  # even of finished ones
