@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from trimtab.plugins.value_model import MAVISValueModel
 
-RANGE_SEQUENCES = 48  # that a candidate range is measured on
+RANGE_SEQUENCES = 32  # that a candidate range is measured on
 RANGE_POSITIONS = 32  # in each
 
 
