@@ -3,8 +3,8 @@
 SmolLM2-135M-Instruct is sampled and four reward functions judge it; a small value model learns to
 predict them, and is distilled into one that values all candidates at the cost of one token;
 `vllm serve` loads that; held-out prompts are answered over HTTP under a sweep of weights. Leaves
-`demo.png`, `demo.json` and `responses.md` in `artifacts/demo`. About 20 minutes on two CPU cores; an
-interrupted run goes on where it stopped.
+`demo.png`, `demo.json` and `responses.md` in `artifacts/demo`. About 20 minutes on two CPU cores;
+an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
