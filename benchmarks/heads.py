@@ -128,7 +128,7 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
         samples = range(s, min(s + per_batch, args.samples))
         asked = prompts * len(samples)
         found = answer(base, tokenizer, asked, models.get(name), {objective: 1.0}, beta)
-        of = [objective] if objective else objectives
+        of = [objective] if objective else next(iter(models.values())).config.objectives
         scores = {
             o: getattr(rewards, o)(prompts=asked, completions=[r["text"] for r in found])
             for o in of
@@ -164,6 +164,7 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
     """Gains in unguided standard deviations, with bootstrap intervals over prompts."""
     names = [m.split("=")[0] for m in args.models]
     objectives = args.objectives or sorted({r["objective"] for r in responses} - {""})
+    plain = [r for r in responses if r["model"] == "unguided"]
     draws = np.random.default_rng(0).integers(0, count, (DRAWS, count))
     draws = np.concatenate([np.arange(count)[None], draws])  # the first is the data itself
 
@@ -180,24 +181,28 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
 
     result: dict[str, Any] = {}
     for objective in objectives:
-        unguided = [r["rewards"][objective] for r in responses if r["model"] == "unguided"]
+        unguided = [r["rewards"][objective] for r in plain if objective in r["rewards"]]
         std = np.std(unguided)
-        base = means(lambda r: r["model"] == "unguided", lambda r, o=objective: r["rewards"][o])
+        base = means(
+            lambda r, o=objective: r["model"] == "unguided" and o in r["rewards"],
+            lambda r, o=objective: r["rewards"][o],
+        )
         entry: dict[str, Any] = {"unguided": {"mean": float(np.mean(unguided)), "std": float(std)}}
         curves = {}
         for name in names:
-            kls, gains = [], []
+            kls, gains, counts = [], [], []
             for beta in betas_of(args, name):
                 key = (name, objective, beta)
                 chosen = lambda r, key=key: (r["model"], r["objective"], r["beta"]) == key  # noqa: E731
+                counts.append(sum(map(chosen, responses)))
                 kls.append(means(chosen, lambda r: r["kl"]))
                 mean = means(chosen, lambda r, o=objective: r["rewards"][o])
                 gains.append((mean - base) / std)
             curves[name] = np.stack(kls), np.stack(gains)
             entry[name] = {
                 "curve": [
-                    {"beta": beta, "kl": interval(kl), "gain": interval(gain)}
-                    for beta, kl, gain in zip(betas_of(args, name), kls, gains)
+                    {"beta": beta, "responses": n, "kl": interval(kl), "gain": interval(gain)}
+                    for beta, n, kl, gain in zip(betas_of(args, name), counts, kls, gains)
                 ]
             }
         reference = args.first_betas.index(args.at_beta)

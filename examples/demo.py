@@ -1,10 +1,9 @@
 """The whole of MAVIS in one run: train value models, serve them with one flag, steer by weights.
 
 SmolLM2-135M-Instruct is sampled and four reward functions judge it; a small value model learns to
-predict them, and is distilled into one that values all candidates at the cost of one token;
-`vllm serve` loads that; held-out prompts are answered over HTTP under a sweep of weights. Leaves
-`demo.png`, `demo.json` and `responses.md` in `artifacts/demo`. About 20 minutes on two CPU cores;
-an interrupted run goes on where it stopped.
+predict them; `vllm serve` loads it; held-out prompts are answered over HTTP under a sweep of
+weights. Leaves `demo.png`, `demo.json` and `responses.md` in `artifacts/demo`. About 20 minutes on
+two CPU cores; an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -323,20 +322,6 @@ def main() -> None:
             [sys.executable, HERE / "train_value_models.py", "--config",
              HERE / "train_value_models.yaml", "--model_name_or_path", base,
              "--output_dir", value_model, "--rollout_dir", artifacts / "rollouts"],
-            check=True,
-        )  # fmt: skip
-    teacher, value_model = value_model, artifacts / "action_model"
-    weights = "model.safetensors"
-    if (
-        not (value_model / weights).exists()
-        or (value_model / weights).stat().st_mtime < (teacher / weights).stat().st_mtime
-    ):
-        stage("distilling it into an action head, which costs one token a step")
-        subprocess.run(
-            [sys.executable, HERE / "distill_value_models.py", "--config",
-             HERE / "distill_value_models.yaml", "--model_name_or_path", base,
-             "--teachers", teacher, "--rollout_dir", artifacts / "rollouts",
-             "--output_dir", value_model],
             check=True,
         )  # fmt: skip
     rows = [json.loads(line) for line in (HERE / "prompts.jsonl").read_text().splitlines()]

@@ -140,7 +140,7 @@ class ActionEmbedding(nn.Module):
     """What an action head knows of a token: two layers over its normalised embedding.
 
     A function of the token alone, so that serving reads it from a table. A linear map would do,
-    and explains a sixth less of the variance of a state head's candidate differences.
+    and explains a seventh less of the variance of a state head's candidate differences.
 
     Args:
         width: Of the token embedding.
