@@ -42,7 +42,7 @@ class MAVISConfig(TrainingArguments):
             Whether to train the token embedding. Few of its rows are seen in the rollouts, and with
             a small backbone it holds most of the parameters.
         merge_adapter (`bool`, *optional*, defaults to `True`):
-            Whether [`~MAVISTrainer.save_model`] merges the adapter of `peft_config` into the
+            Whether `save_model` merges the adapter of `peft_config` into the
             backbone. Unmerged adapters of one base model are served as one batch, from one copy of
             its weights.
         model_init_kwargs (`dict[str, Any]`, *optional*):
