@@ -77,6 +77,8 @@ def make_value_model(folder: Path, base: Path, objectives: list[str], seed: int 
     )
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.head.weight, std=0.15)
+    if model.config.head_type == "action":
+        torch.nn.init.normal_(model.action_query.weight, std=0.1)
     model.save_pretrained(folder)
     return folder
 
@@ -84,6 +86,12 @@ def make_value_model(folder: Path, base: Path, objectives: list[str], seed: int 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory) -> Path:
     return make_base_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def action_model(tmp_path_factory, base_model) -> Path:
+    folder = tmp_path_factory.mktemp("action")
+    return make_value_model(folder, base_model, ["salty"], seed=4, head_type="action")
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,19 @@ class Reference:
         continued = torch.cat(
             (torch.tensor([list(prefix)]).expand(top_k, -1), candidates[:, None]), dim=1
         )
-        values = torch.cat([model(continued).logits[:, -1] for model in self.values], dim=1)
+        values = torch.cat(
+            [
+                model(continued).logits[:, -1]
+                if model.config.head_type == "state"
+                else model(
+                    continued[:1, :-1],
+                    candidates=candidates[None, None],
+                    candidate_positions=torch.tensor([[len(prefix) - 1]]),
+                ).candidate_logits[0, 0]
+                for model in self.values
+            ],
+            dim=1,
+        )
         score = top + beta * (values.double() @ torch.tensor(weights, dtype=torch.float64))
         return dict(zip(candidates.tolist(), torch.softmax(score, 0).tolist()))
 

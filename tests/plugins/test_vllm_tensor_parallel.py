@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from tests.plugins.test_vllm import BETA, TOP_K, WEIGHTS, generate, random_prompts, sampling
+from tests.plugins.test_vllm import BETA, TOP_K, generate, random_prompts, sampling
 from tests.reference import Reference
 
+WEIGHTS = [(1.0, 0.0, 0.0), (0.5, -1.0, 1.0), (0.0, 0.0, 2.0)]
 
-def test_two_ranks_guide_as_one(monkeypatch, base_model, value_model):
+
+def test_two_ranks_guide_as_one(monkeypatch, base_model, value_model, action_model):
     from vllm import LLM
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -16,7 +18,11 @@ def test_two_ranks_guide_as_one(monkeypatch, base_model, value_model):
         str(base_model),
         logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
         additional_config={
-            "mavis": {"value_models": [str(value_model)], "beta": BETA, "top_k": TOP_K}
+            "mavis": {
+                "value_models": [str(value_model), str(action_model)],
+                "beta": BETA,
+                "top_k": TOP_K,
+            }
         },
         tensor_parallel_size=2,
         dtype="float32",
@@ -27,7 +33,7 @@ def test_two_ranks_guide_as_one(monkeypatch, base_model, value_model):
     try:
         prompts = random_prompts(1, 6, longest=40)
         params = [sampling(WEIGHTS[i % 3]) for i in range(6)]
-        reference = Reference(base_model, [value_model])
+        reference = Reference(base_model, [value_model, action_model])
         for prompt, one, out in zip(prompts, params, generate(llm, prompts, params)):
             weights = one.extra_args["mavis_weights"]
             assert out == reference.greedy(prompt, 20, weights, BETA, TOP_K, eos=2)
