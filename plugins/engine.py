@@ -46,6 +46,7 @@ class Step:
     positions: torch.Tensor  # [batch, queries] int64
     lengths: torch.Tensor  # [batch] int64, prefix tokens in the store once `write` is done
     ragged: bool  # whether some prefix is shorter than `length`
+    fresh: bool = False  # whether these are the first tokens of every sequence
     # If packed: which cells of the rectangle hold a token [total], and the token in each cell
     # [batch * queries], both int64.
     packing: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -73,6 +74,7 @@ class Step:
                 positions=self.positions.repeat(copies, 1),
                 lengths=self.lengths.repeat(copies),
                 ragged=self.ragged,
+                fresh=self.fresh,
                 packing=packing,
             )
         return self.copies[copies]
@@ -148,6 +150,13 @@ def paged_attention(
     new = slice(0, step.written)
     keys.index_copy_(0, step.write, k_new[:, :, new].transpose(1, 2).reshape(-1, kv_heads, dim))
     values.index_copy_(0, step.write, v_new[:, :, new].transpose(1, 2).reshape(-1, kv_heads, dim))
+
+    if step.fresh and softcap is None and (sliding_window is None or queries <= sliding_window):
+        q = query.view(-1, batch, queries, dim).transpose(0, 1)
+        out = nn.functional.scaled_dot_product_attention(
+            q, k_new, v_new, is_causal=True, scale=scaling, enable_gqa=groups > 1
+        )
+        return out.transpose(1, 2).reshape(1, batch * queries, kv_heads * groups, dim), None
 
     # Whole rows are copied by `index_select`, element by element by indexing.
     k, v = (
@@ -541,6 +550,7 @@ class ValueEngine:
             offsets = np.arange(width)
             positions = np.where(offsets < n[:, None], first[:, None] + offsets, -1)
             step = self._step(rows, first + n, positions, width)
+            step = replace(step, fresh=not first.any())
             for family in range(len(self._families)):
                 self._forward(family, self._to_device(tokens.reshape(-1)), step)
             self._cached[rows] = first + n
