@@ -50,7 +50,8 @@ class Step:
     # If packed: which cells of the rectangle hold a token [total], and the token in each cell
     # [batch * queries], both int64.
     packing: tuple[torch.Tensor, torch.Tensor] | None = None
-    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)  # by window
+    # By window and groups.
+    masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
     copies: dict[int, Step] = field(default_factory=dict)  # by their number
 
     def repeated(self, copies: int, store_tokens: int) -> Step:
@@ -80,21 +81,21 @@ class Step:
         return self.copies[copies]
 
     def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The layers' additive mask, made once for each window of attention.
+        """The layers' additive mask, made once for each window of attention and number of groups.
 
         Returns:
             `[batch, 1, groups * queries or 1, length]`, or None if every key is visible.
         """
-        if window not in self.masks:
+        if (window, groups) not in self.masks:
             visible = self._visible(window)
             if visible is not None and visible.shape[2] > 1:
                 visible = visible.repeat(1, 1, groups, 1)
-            self.masks[window] = (
+            self.masks[window, groups] = (
                 None
                 if visible is None
                 else torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
             )
-        return self.masks[window]
+        return self.masks[window, groups]
 
     def _visible(self, window: int | None) -> torch.Tensor | None:
         """Whether a query sees a stored key, `[batch, 1, queries or 1, length]`."""
@@ -338,7 +339,7 @@ class ValueEngine:
         self._content: dict[int, tuple[int, bytes]] = {}  # of a block: its key in `_shared`
         self._prefixes = 0  # numbers given so far; 0 is the empty prefix
 
-        # A slot's blocks, in order, and the number of them. On the device for `_read`.
+        # A slot's blocks, in order, and the number of them. On the device for `_step`.
         self._table = np.zeros((num_slots, blocks_each), dtype=np.int64)
         self._device_table = torch.from_numpy(self._table)  # on a CPU, the same memory
         if self.device.type != "cpu":

@@ -24,6 +24,7 @@ from trimtab.plugins import MAVISValueConfig, MAVISValueModel, ValueEngine
 VOCAB, MAX_LENGTH, K = 53, 96, 4
 BACKBONES = {
     "llama": (LlamaConfig, {}),
+    "llama without groups": (LlamaConfig, {"num_key_value_heads": 4}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),
     "mistral sliding": (MistralConfig, {"sliding_window": 9}),
@@ -43,10 +44,9 @@ def make_model(
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        **{"num_key_value_heads": 2, **options},
         head_dim=8,
         max_position_embeddings=128,
-        **options,
     )
     config = MAVISValueConfig(backbone_config=backbone, objectives=list(objectives), **fields)
     model = MAVISValueModel(config).eval()
@@ -213,6 +213,18 @@ def test_candidate_values_match_full_forward_in_every_architecture(name):
             expected = full_forward([reference], sequences[slot], candidates[i])
             torch.testing.assert_close(values[i], expected, rtol=0, atol=1e-4)
             sequences[slot].append(int(candidates[i, 0]))
+
+
+def test_models_that_share_their_keys_differently_keep_their_own_masks():
+    models = [make_model("llama", ("a",)), make_model("llama without groups", ("b",), seed=1)]
+    reference = [plain(model) for model in models]
+    engine = ValueEngine(models, num_slots=2, max_length=MAX_LENGTH, prefill_tokens=16)
+    sequences = {0: list(range(40)), 1: list(range(5, 30))}
+    candidates = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    values = engine_values(engine, sequences, [0, 1], candidates)
+    for slot in sequences:
+        expected = full_forward(reference, sequences[slot], candidates[slot])
+        torch.testing.assert_close(values[slot], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
