@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from .value_model import MAVISValueModel, load_config
@@ -80,14 +81,15 @@ def load_value_models(paths: Sequence[str], dtype: torch.dtype) -> list[MAVISVal
 def _load_adapter(path: str, dtype: torch.dtype) -> MAVISValueModel:
     """A value model whose backbone has PEFT's layers in it."""
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"the value model {path!r} is an adapter, which needs peft; pip install peft",
             name="peft",
         ) from error
     config = load_config(path)
-    if not (Path(path) / "adapter_model.safetensors").exists():
+    weights = Path(path) / "adapter_model.safetensors"
+    if not weights.exists():
         raise ValueError(
             f"adapter {path!r} has no adapter_model.safetensors; pickled weights are never loaded: "
             "save it with save_pretrained"
@@ -103,18 +105,25 @@ def _load_adapter(path: str, dtype: torch.dtype) -> MAVISValueModel:
             head_type=config.head_type,
             action_rank=config.action_rank,
         )
-        adapted = PeftModel.from_pretrained(model, path)
+        adapted: Any = PeftModel.from_pretrained(model, path)
+        with safe_open(weights, framework="pt") as file:
+            stored = set(file.keys())
     except Exception as error:  # PEFT, transformers and safetensors raise many kinds
         raise ValueError(
             f"adapter {path!r} of base model {config.base_model!r} cannot be loaded: {error}"
         ) from error
+    if missing := sorted(set(get_peft_model_state_dict(adapted)) - stored):  # PEFT only warns
+        raise ValueError(f"adapter {path!r} lacks the weights {missing}; copy or train it again")
     tuned: Any = adapted.base_model.model
     for name, module in list(tuned.named_children()):
         if name != "backbone" and hasattr(module, "modules_to_save"):
             setattr(tuned, name, module.modules_to_save["default"])
     tuned.config = config
+    biased = adapted.peft_config["default"].bias != "none"
     for name, module in tuned.backbone.named_modules():
-        if hasattr(module, "modules_to_save") or any(getattr(module, "use_dora", {}).values()):
+        plain = not hasattr(module, "lora_A") or isinstance(module.base_layer, nn.Linear)
+        dora = any(getattr(module, "use_dora", {}).values())
+        if biased or dora or not plain or hasattr(module, "modules_to_save"):
             raise ValueError(
                 f"adapter {path!r} changes {name!r} by more than plain LoRA, which cannot run "
                 "beside others: save it merged"

@@ -152,6 +152,11 @@ class MAVISTrainer(Trainer):
             )
         if args is None:
             args = MAVISConfig(f"{base_model.split('/')[-1]}-MAVIS")
+        if not args.merge_adapter and (not isinstance(model, str) or args.train_embeddings):
+            raise ValueError(
+                "`merge_adapter=False` saves what is added to the base model's own blocks: give "
+                "`model` as the base model's id or path, and leave `train_embeddings` off"
+            )
         self.base_model = base_model
         self.reward_funcs = load_reward_funcs(reward_funcs or {})
         self.objectives = list(self.reward_funcs)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import VOCAB_SIZE
 from trimtab.plugins import MAVISValueModel, ValueEngine
@@ -76,10 +77,26 @@ def test_adapters_in_one_batch_agree_with_each_alone(tmp_path, base_model, value
             tokens.append(int(candidates[slot, 0]))
 
 
-def test_what_is_not_plain_lora_is_refused(tmp_path, base_model):
-    save_adapter(tmp_path / "dora", base_model, ["a"], 1, use_dora=True)
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"bias": "all"}, {"target_modules": ["embed_tokens"]}]
+)
+def test_what_is_not_plain_lora_is_refused(tmp_path, base_model, options):
+    save_adapter(tmp_path, base_model, ["a"], 1, **options)
     with pytest.raises(ValueError, match="by more than plain LoRA"):
-        load_value_models([str(tmp_path / "dora")], torch.float32)
+        load_value_models([str(tmp_path)], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("head.weight", "cannot be loaded: .*head"), ("lora_B", "lacks the weights .*lora_B")],
+)
+def test_an_adapter_that_lacks_weights_is_refused(tmp_path, base_model, name, message):
+    save_adapter(tmp_path, base_model, ["a"], 1)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    kept = {key: weight for key, weight in weights.items() if name not in key}
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_value_models([str(tmp_path)], torch.float32)
 
 
 def test_a_broken_adapter_is_refused(tmp_path, base_model):

@@ -316,6 +316,15 @@ def test_adapters_saved_unmerged_are_served_as_they_were_trained(base_model, tmp
             torch.testing.assert_close(values[0, :, i], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_an_adapter_of_anything_but_the_base_model_is_not_saved_unmerged(base_model, tmp_path):
+    model = MAVISValueModel.from_base_model(
+        base_model, list(REWARDS), num_hidden_layers=1, tokenizer=make_tokenizer()
+    )
+    for given, fields in ((model, {}), (base_model, {"train_embeddings": True})):
+        with pytest.raises(ValueError, match="`merge_adapter=False` saves what is added"):
+            trainer(given, tmp_path, peft_config=LoraConfig(r=4), merge_adapter=False, **fields)
+
+
 @pytest.mark.parametrize("train_embeddings", [False, True])
 def test_embedding_is_trained_only_when_asked(base_model, tmp_path, train_embeddings):
     made = trainer(base_model, tmp_path, train_embeddings=train_embeddings, num_train_epochs=1)
