@@ -14,15 +14,12 @@ import torch
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trimtab.plugins.value_model import (
     MAVISValueModel,
-    model_card,
     provenance,
     tokenizer_fingerprint,
 )
@@ -30,11 +27,11 @@ from trimtab.plugins.value_model import (
 from .candidates import RANGE_SEQUENCES, add_candidates
 from .distillation_config import MAVISDistillationConfig
 from .mavis_trainer import (
+    ValueModelTrainer,
     check_tree_attention,
     end_tokens,
     load_base_model,
     refuse_data_parallel,
-    save_value_model,
     set_candidate_range,
     tree_collator,
 )
@@ -42,7 +39,7 @@ from .packing import TreeDataset
 from .rollouts import Tree, read_rollouts
 
 
-class MAVISDistillationTrainer(Trainer):
+class MAVISDistillationTrainer(ValueModelTrainer):
     """
     Trainer that distils one or several MAVIS value models into one.
 
@@ -95,15 +92,6 @@ class MAVISDistillationTrainer(Trainer):
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             A tuple containing the optimizer and the scheduler to use.
     """
-
-    loss_is_scaled_for_ga = False
-
-    # Wider in `Trainer`
-    args: Any
-    model: Any
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
 
     def __init__(
         self,
@@ -321,25 +309,6 @@ class MAVISDistillationTrainer(Trainer):
             mode = "train" if self.model.training else "eval"
             self._metrics[mode].add(error, variance, agreement)
         return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if self._metrics[mode].sums is not None:
-            metrics = self._metrics[mode].compute(self.accelerator)
-            logs.update({f"eval_{k}": v for k, v in metrics.items()} if mode == "eval" else metrics)
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            super()._save(str(folder), state_dict=state_dict)
-        else:
-            save_value_model(self, folder, state_dict)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
-        if self.is_world_process_zero():
-            (Path(self.args.output_dir) / "README.md").write_text(model_card(self.value_config))
 
 
 class DifferenceMetrics:

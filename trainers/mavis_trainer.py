@@ -57,7 +57,52 @@ if TYPE_CHECKING:
 QUARTERS = 4  # of a response, for the metrics by depth
 
 
-class MAVISTrainer(Trainer):
+class ValueModelTrainer(Trainer):
+    """What the trainers of value models have in common: what they log and what they save."""
+
+    loss_is_scaled_for_ga = False
+
+    # Wider in `Trainer`
+    args: Any
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    value_config: Any  # of the model that is trained
+    _metrics: dict[str, Any]  # by mode
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self._metrics[mode].sums is not None:
+            metrics = self._metrics[mode].compute(self.accelerator)
+            logs.update({f"eval_{k}": v for k, v in metrics.items()} if mode == "eval" else metrics)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            super()._save(str(folder), state_dict=state_dict)
+        else:
+            self._save_value_model(folder, state_dict)
+
+    def _save_value_model(self, folder: Path, state_dict: dict | None) -> None:
+        """Saves a value model or its adapter, and the tokenizer, without pickled arguments."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if is_peft_model(model) and not getattr(self.args, "merge_adapter", True):
+            self.value_config.save_pretrained(folder)
+        elif is_peft_model(model):
+            model, state_dict = copy.deepcopy(model).merge_and_unload(), None
+        model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
+        if self.is_world_process_zero():
+            (Path(self.args.output_dir) / "README.md").write_text(model_card(self.value_config))
+
+
+class MAVISTrainer(ValueModelTrainer):
     """
     Trainer for the value models of MAVIS (multi-objective alignment by value-guided decoding,
     [arXiv 2508.13415](https://huggingface.co/papers/2508.13415)).
@@ -120,15 +165,6 @@ class MAVISTrainer(Trainer):
             hold the adapter, [`~MAVISTrainer.save_model`] writes the merged model unless
             `args.merge_adapter` is `False`.
     """
-
-    loss_is_scaled_for_ga = False
-
-    # Wider in `Trainer`
-    args: Any
-    model: Any
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
 
     def __init__(
         self,
@@ -485,25 +521,6 @@ class MAVISTrainer(Trainer):
             loss = loss + self.args.sibling_weight * error.square().mean()
         return loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if self._metrics[mode].sums is not None:
-            metrics = self._metrics[mode].compute(self.accelerator)
-            logs.update({f"eval_{k}": v for k, v in metrics.items()} if mode == "eval" else metrics)
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            super()._save(str(folder), state_dict=state_dict)
-        else:
-            save_value_model(self, folder, state_dict)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
-        if self.is_world_process_zero():
-            (Path(self.args.output_dir) / "README.md").write_text(model_card(self.value_config))
-
 
 class ValueMetrics:
     """
@@ -677,17 +694,6 @@ def set_candidate_range(trainer: Any, sequences: list[dict[str, Any]]) -> None:
     levels = torch.tensor([0.5, 0.99, 1.0], device=ranges.device)
     for name, row in zip(trainer.objectives, torch.quantile(ranges, levels, dim=0).T.tolist()):
         trainer.log({f"candidate_range/{name}/{p}": x for p, x in zip((50, 99, 100), row)})
-
-
-def save_value_model(trainer: Any, folder: Path, state_dict: dict | None) -> None:
-    """Saves a value model or its adapter, and the tokenizer, without pickled arguments."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if is_peft_model(model) and not getattr(trainer.args, "merge_adapter", True):
-        trainer.value_config.save_pretrained(folder)
-    elif is_peft_model(model):
-        model, state_dict = copy.deepcopy(model).merge_and_unload(), None
-    model.save_pretrained(folder, state_dict=state_dict)
-    trainer.processing_class.save_pretrained(folder)
 
 
 def wrap_backbone(model: MAVISValueModel, peft_config: PeftConfig) -> Any:
