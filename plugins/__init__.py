@@ -8,16 +8,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import ValueEngine
     from .params import GuidanceParams
+    from .search import SearchOutput, beam_search, best_of_n
     from .value_model import MAVISValueConfig, MAVISValueModel
 
 _MODULES = {
     "GuidanceParams": "params",
     "MAVISValueConfig": "value_model",
     "MAVISValueModel": "value_model",
+    "SearchOutput": "search",
     "ValueEngine": "engine",
+    "beam_search": "search",
+    "best_of_n": "search",
 }
 
-__all__ = ["GuidanceParams", "MAVISValueConfig", "MAVISValueModel", "ValueEngine"]
+__all__ = [
+    "GuidanceParams",
+    "MAVISValueConfig",
+    "MAVISValueModel",
+    "SearchOutput",
+    "ValueEngine",
+    "beam_search",
+    "best_of_n",
+]
 
 
 def __getattr__(name: str) -> Any:

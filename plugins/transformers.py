@@ -60,15 +60,9 @@ class MAVISLogitsProcessor(LogitsProcessor):
         dtype: torch.dtype | None = None,
         kv_cache_memory_gib: float = 1.0,
     ) -> None:
-        named = [m for m in value_models if isinstance(m, str)]
-        loaded = iter(load_value_models(named, dtype or torch.float32))
-        self._models = [next(loaded) if isinstance(m, str) else m for m in value_models]
-        if not self._models:
-            raise ValueError("value_models is empty: give at least one value model")
+        self._models = open_value_models(value_models, dtype or torch.float32)
         configs = [model.config for model in self._models]
         self.objectives = tuple(name for config in configs for name in config.objectives or ())
-        if len(set(self.objectives)) < len(self.objectives):
-            raise ValueError(f"two value models have an objective of one name: {self.objectives}")
         for config in configs:
             if tokenizer is None or config.tokenizer_fingerprint is None:
                 continue
@@ -172,8 +166,36 @@ class MAVISLogitsProcessor(LogitsProcessor):
                 f"attention_mask of shape {list(mask.shape)} does not belong to input_ids of shape "
                 f"{list(tokens.shape)}: set it to the mask given to generate"
             )
-        padding = (mask != 0).long().argmax(1)
-        if ((mask != 0).sum(1) + padding != mask.shape[1]).any():
-            raise ValueError("attention_mask is not a left-padded batch: set padding_side='left'")
         # Beam search and num_return_sequences repeat every prompt.
-        return padding.repeat_interleave(batch // len(mask)).numpy()
+        return np.repeat(left_padding(mask), batch // len(mask))
+
+
+def open_value_models(
+    value_models: Sequence[MAVISValueModel | str], dtype: torch.dtype
+) -> list[MAVISValueModel]:
+    """Value models that guide together, loaded where they are given by folder or hub id.
+
+    Raises:
+        ValueError: There is none, one cannot be loaded, or two have an objective of one name.
+    """
+    loaded = iter(load_value_models([m for m in value_models if isinstance(m, str)], dtype))
+    models = [next(loaded) if isinstance(m, str) else m for m in value_models]
+    if not models:
+        raise ValueError("value_models is empty: give at least one value model")
+    objectives = [name for model in models for name in model.config.objectives or ()]
+    if len(set(objectives)) < len(objectives):
+        raise ValueError(f"two value models have an objective of one name: {objectives}")
+    return models
+
+
+def left_padding(attention_mask: torch.Tensor) -> np.ndarray:
+    """Number of padding tokens before each row's prompt, `[batch]` int64.
+
+    Raises:
+        ValueError: The padding is not all on the left.
+    """
+    real = attention_mask.cpu() != 0
+    padding = real.long().argmax(1)
+    if (real.sum(1) + padding != real.shape[1]).any():
+        raise ValueError("attention_mask is not a left-padded batch: set padding_side='left'")
+    return padding.numpy()

@@ -1,0 +1,580 @@
+"""Search with value models: best-of-N, and beams ranked by log-probability plus value.
+
+Token-level guidance tilts every step of one response; search compares whole responses, or prefixes
+of several. Both functions take a batch of prompts and a transformers model or a `vllm.LLM`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import ModelOutput
+
+from .engine import GIB, ValueEngine
+from .guidance import top_candidates
+from .params import GuidanceParams, parse_weights
+from .transformers import MAVISLogitsProcessor, left_padding, open_value_models
+from .value_model import MAVISValueConfig, MAVISValueModel, load_config
+
+# sample(prompts, n): `n` responses to every prompt, all as token ids.
+Sampler = Callable[[list[list[int]], int], list[list[list[int]]]]
+
+
+@dataclass
+class SearchOutput(ModelOutput):
+    """The responses to every prompt, best first.
+
+    Attributes:
+        sequences: `[batch][n]` lists of token ids, without the prompt, with the end-of-sequence
+            token of those that ended. A search that found fewer than `n` returns fewer.
+        scores: `[batch, n]` float32, by which they are ranked; `-inf` where there is none.
+        values: `[batch, n, objectives]` float32, of the finished response under every objective,
+            in standard deviations of its reward; NaN where it was not judged.
+        log_probs: `[batch, n]` float32, of the response under the base model (beam search only).
+    """
+
+    sequences: list[list[list[int]]] | None = None
+    scores: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+
+
+def best_of_n(
+    generator: Any,
+    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    attention_mask: torch.Tensor | None = None,
+    *,
+    n: int,
+    value_models: Sequence[MAVISValueModel | str],
+    weights: Mapping[str, float] | Sequence[float] | str,
+    reward_funcs: Mapping[str, Callable[..., Sequence[float]]] | None = None,
+    tokenizer: Any = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    dtype: torch.dtype | None = None,
+    **generate_kwargs: Any,
+) -> SearchOutput:
+    """Sample `n` responses to every prompt and rank them by their weighted value or reward.
+
+    Responses come from the base model, or from the token-guided policy if `generate_kwargs` say so.
+
+    Args:
+        generator: A transformers model, a `vllm.LLM`, or a function of the prompts' token ids and
+            `n` that returns `[batch][n]` responses.
+        input_ids: `[batch, length]` int64, padded on the left, or a list of token ids per prompt.
+        attention_mask: `[batch, length]`, 1 for tokens and 0 for padding; with a padded tensor.
+        n: Number of responses to a prompt.
+        value_models: Value models, or folders or hub ids of them. The value of a response is that
+            of its last token as the candidate at its prefix, whatever the head.
+        weights: Weight of each objective by name, absent ones 0; or a list in the models' order.
+        reward_funcs: By objective, functions with the signature of TRL's GRPO reward functions,
+            `f(prompts, completions, completion_ids, **columns)`: judge by them instead,
+            standardised with the value models' `reward_mean` and `reward_std`.
+        tokenizer: Decodes the responses for the reward functions.
+        columns: For the reward functions, further arguments with one entry per prompt. `prompts`
+            among them replaces the decoded prompts; where they are conversations, completions are
+            conversations too.
+        dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
+        generate_kwargs: For `generator.generate`. With transformers sampling is on unless they say
+            otherwise, and a `MAVISLogitsProcessor` among `logits_processor` is given the batch's
+            mask. With vLLM: `sampling_params`, a `SamplingParams` whose `n` is replaced.
+
+    Returns:
+        All `n` responses of every prompt, ranked.
+
+    Raises:
+        ValueError: An argument is out of range or missing, an objective is unknown or has no reward
+            function, or a value model does not fit.
+        TypeError: `generator` is none of the three.
+
+    Example:
+
+        best = best_of_n(
+            model, **inputs, n=4, value_models=["value_model"], weights={"helpful": 1.0},
+            max_new_tokens=128, top_k=40,
+        )
+        tokenizer.batch_decode([ranked[0] for ranked in best.sequences])
+    """
+    _at_least_one("n", n)
+    prompts = _prompts(input_ids, attention_mask)
+    models: list[MAVISValueModel] = []
+    if reward_funcs is None:
+        models, dtype, device = _open(value_models, dtype, generator)
+        configs = [model.config for model in models]
+    else:
+        configs = [load_config(m) if isinstance(m, str) else m.config for m in value_models]
+    objectives = [name for config in configs for name in config.objectives or ()]
+    weight = torch.tensor(parse_weights(weights, objectives))
+    if not weight.any():
+        raise ValueError(f"weights are all 0: give at least one of {objectives} another weight")
+    if reward_funcs is not None:
+        weighted = [name for name, w in zip(objectives, weight.tolist()) if w]
+        if missing := [name for name in weighted if name not in reward_funcs]:
+            raise ValueError(f"reward_funcs has no function for {missing}, got {[*reward_funcs]}")
+        if tokenizer is None:
+            raise ValueError("reward_funcs judge text: give the tokenizer that decodes it")
+
+    responses = _sampler(generator, generate_kwargs)(prompts, n)
+    if len(responses) != len(prompts) or any(len(of_prompt) != n for of_prompt in responses):
+        raise ValueError(
+            f"the generator must return {n} responses to each of {len(prompts)} prompts, got "
+            f"{[len(of_prompt) for of_prompt in responses]}"
+        )
+    flat = [response for of_prompt in responses for response in of_prompt]
+    if reward_funcs is None:
+        texts = [prompts[i // n] + response for i, response in enumerate(flat)]
+        values = _final_values(models, texts, device, dtype)
+    else:
+        values = _rewards(reward_funcs, configs, tokenizer, columns or {}, prompts, flat, n)
+    values = values.view(len(prompts), n, len(objectives))
+    scores = values.nan_to_num() @ weight
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return SearchOutput(
+        sequences=[[of[i] for i in ranks] for of, ranks in zip(responses, order.tolist())],
+        scores=scores.gather(1, order),
+        values=values.gather(1, order[..., None].expand_as(values)),
+    )
+
+
+@torch.inference_mode()
+def beam_search(
+    model: Any,
+    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    attention_mask: torch.Tensor | None = None,
+    *,
+    value_models: Sequence[MAVISValueModel | str],
+    weights: Mapping[str, float] | Sequence[float] | str,
+    beta: float = 1.0,
+    num_beams: int = 4,
+    max_new_tokens: int = 128,
+    top_k: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> SearchOutput:
+    """Search for the response of the highest `log pi_ref(y) + beta * sum_i w_i V_i(y)`.
+
+    This is the mode of the policy that guidance samples from if the values are exact: its
+    normalisers telescope. Every step values the `top_k` continuations of all beams in one pass and
+    keeps, for each prompt, the `num_beams` best of them and of the beams that have ended; a beam
+    that has ended keeps its final value. The score of a prefix is comparable with that of a
+    finished response without a length normalisation, which would search for something else.
+
+    Args:
+        model: A transformers causal decoder, or a `vllm.LLM`. That one needs `max_logprobs` of at
+            least `top_k` and is asked for one token of every beam at a time, so it should have
+            `enable_prefix_caching` on.
+        input_ids: `[batch, length]` int64, padded on the left, or a list of token ids per prompt.
+        attention_mask: `[batch, length]`, 1 for tokens and 0 for padding; with a padded tensor.
+        value_models: Value models, or folders or hub ids of them.
+        weights: Weight of each objective by name, absent ones 0; or a list in the models' order.
+        beta: Weight of the value against the log-probability, in nats per standard deviation.
+        num_beams: Number of beams of a prompt.
+        max_new_tokens: Longest response, in tokens.
+        top_k: Candidates of a beam, over which `pi_ref` is normalised; by default the number the
+            value models were made for.
+        eos_token_id: Tokens that end a response; by default the model's.
+        dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
+
+    Returns:
+        Up to `num_beams` responses of every prompt, ranked.
+
+    Raises:
+        ValueError: An argument is out of range, an objective is unknown, or a value model does not
+            fit.
+    """
+    _at_least_one("num_beams", num_beams)
+    _at_least_one("max_new_tokens", max_new_tokens)
+    prompts = _prompts(input_ids, attention_mask)
+    models, dtype, device = _open(value_models, dtype, model)
+    configs = [value_model.config for value_model in models]
+    objectives = [name for config in configs for name in config.objectives or ()]
+    params = GuidanceParams(
+        weights=parse_weights(weights, objectives),
+        beta=beta,
+        top_k=max(config.top_k for config in configs) if top_k is None else top_k,
+    )
+    eos = _eos_token_ids(model) if eos_token_id is None else _as_list(eos_token_id)
+    engine = ValueEngine(
+        models,
+        num_slots=len(prompts) * num_beams,
+        max_length=max(map(len, prompts)) + max_new_tokens,
+        device=device,
+        dtype=dtype,
+        kv_cache_memory=GIB,
+    )
+    propose = (_VLLMProposer if _is_vllm(model) else _TransformersProposer)(model, params.top_k)
+    slots = _Slots(engine, prompts, num_beams)
+    weight = beta * torch.tensor(params.weights)
+    live = [_Beam(i, [], 0.0, row=i) for i in range(len(prompts))]
+    ended: list[list[_Beam]] = [[] for _ in prompts]  # the best `num_beams` of each, best first
+    for length in range(1, max_new_tokens + 1):
+        texts = [prompts[beam.prompt] + beam.response for beam in live]
+        candidates, steps = propose(texts, [beam.row for beam in live])
+        values = slots.values(live, texts, candidates).cpu()
+        candidates = candidates.cpu()
+        totals = torch.tensor([beam.log_prob for beam in live])[:, None] + steps.cpu()
+        scores = totals + values @ weight  # [beams, k]
+        ends = torch.isin(candidates, torch.tensor(eos)) | (length == max_new_tokens)
+        grown: list[_Beam] = []
+        first = 0
+        for prompt, beams in groupby(live, key=lambda beam: beam.prompt):
+            rows = slice(first, first + len(list(beams)))
+            first = rows.stop
+            found: list[list[_Beam]] = []
+            for chosen in (ends[rows], ~ends[rows]):
+                flat = scores[rows].masked_fill(~chosen, -torch.inf).flatten()
+                top, index = flat.topk(min(num_beams, len(flat)))
+                found.append([])
+                for score, i in zip(top.tolist(), index.tolist()):
+                    if score == -math.inf:
+                        break
+                    row, c = rows.start + i // scores.shape[1], i % scores.shape[1]
+                    response = [*live[row].response, int(candidates[row, c])]
+                    log_prob = float(totals[row, c])
+                    found[-1].append(_Beam(prompt, response, log_prob, row, score, values[row, c]))
+            done = ended[prompt] = sorted((*ended[prompt], *found[0]), key=_score)[:num_beams]
+            best = sorted((*done, *found[1]), key=_score)[:num_beams]
+            grown += [beam for beam in best if beam in found[1]]
+        live = grown
+        if not live:
+            break
+
+    def table(rows: list[list[Any]], fill: Any) -> torch.Tensor:
+        return torch.tensor([row + [fill] * (num_beams - len(row)) for row in rows])
+
+    return SearchOutput(
+        sequences=[[beam.response for beam in beams] for beams in ended],
+        scores=table([[beam.score for beam in beams] for beams in ended], -math.inf),
+        values=table(
+            [[beam.values.tolist() for beam in beams] for beams in ended],
+            [math.nan] * len(objectives),
+        ),
+        log_probs=table([[beam.log_prob for beam in beams] for beams in ended], -math.inf),
+    )
+
+
+@dataclass(eq=False)
+class _Beam:
+    """A response in the making: `row` is its parent's among the beams of the step before."""
+
+    prompt: int
+    response: list[int]
+    log_prob: float
+    row: int
+    score: float = 0.0
+    values: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [objectives]
+
+
+def _score(beam: _Beam) -> float:
+    return -beam.score
+
+
+class _Slots:
+    """The engine's slots, `num_beams` a prompt, as beams fork and are dropped.
+
+    One child of a beam goes on in its slot. Any other takes a slot of its prompt that is free, cut
+    to what the two have in common; the engine reads the rest again, which is short, because the
+    beams of a prompt soon have a common ancestor.
+    """
+
+    def __init__(self, engine: ValueEngine, prompts: list[list[int]], num_beams: int) -> None:
+        self.engine, self.num_beams = engine, num_beams
+        self.texts: dict[int, list[int]] = {}  # what the engine has read of every slot
+        self.of_row: list[int] = [i * num_beams for i in range(len(prompts))]
+
+    def values(
+        self, beams: list[_Beam], texts: list[list[int]], candidates: torch.Tensor
+    ) -> torch.Tensor:
+        """Values `[beams, k, objectives]` of `candidates` `[beams, k]` after the beams' `texts`."""
+        slots: dict[int, int] = {}  # to beam
+        forks = []
+        for i, beam in enumerate(beams):
+            slot = self.of_row[beam.row]
+            if slot in slots:
+                forks.append(i)
+            else:
+                slots[slot] = i
+        for i in forks:
+            first = beams[i].prompt * self.num_beams
+            slot = next(s for s in range(first, first + self.num_beams) if s not in slots)
+            slots[slot] = i
+            known = self.texts.get(slot, [])
+            differs = (n for n, (a, b) in enumerate(zip(known, texts[i])) if a != b)
+            self.engine.truncate(slot, next(differs, min(len(known), len(texts[i]))))
+        self.of_row = sorted(slots, key=slots.__getitem__)
+        self.texts.update(zip(self.of_row, texts))
+        return self.engine.values(
+            np.array(self.of_row),
+            np.array([len(text) for text in texts]),
+            torch.tensor([text[-1] for text in texts], device=self.engine.device),
+            candidates.to(self.engine.device),
+            lambda slot, start, stop: self.texts[slot][start:stop],
+        )
+
+
+class _TransformersProposer:
+    """The likeliest next tokens by a transformers model, whose cache follows the beams."""
+
+    def __init__(self, model: Any, top_k: int) -> None:
+        self.model, self.top_k = model, top_k
+        self.cache: Any = None
+        self.mask = torch.zeros((0, 0))  # [rows, length] of the last step
+
+    def __call__(
+        self, texts: list[list[int]], parents: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates `[rows, k]` of `texts`, and log-probabilities normalised over them.
+
+        Args:
+            texts: Prompts at first; then every text is one of the last call and a token more.
+            parents: Which one.
+        """
+        if self.cache is None:
+            input_ids, self.mask = _left_padded(texts, self.model.device)
+        else:
+            input_ids = torch.tensor([text[-1:] for text in texts], device=self.model.device)
+            if parents != list(range(len(self.mask))):
+                rows = torch.tensor(parents, device=self.model.device)
+                self.cache.reorder_cache(rows)
+                self.mask = self.mask[rows]
+            self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=self.mask,
+            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = output.past_key_values
+        return top_candidates(output.logits[:, -1].float(), self.top_k)
+
+
+class _VLLMProposer:
+    """The likeliest next tokens by vLLM: a request of one token a beam, over its prefix cache."""
+
+    def __init__(self, llm: Any, top_k: int) -> None:
+        from vllm import SamplingParams
+
+        config = llm.llm_engine.model_config
+        if 0 <= config.max_logprobs < top_k:
+            raise ValueError(
+                f"top_k {top_k} is above the LLM's max_logprobs {config.max_logprobs}: make it "
+                f"with LLM(..., max_logprobs={top_k})"
+            )
+        if config.logprobs_mode != "raw_logprobs":
+            raise ValueError(
+                "beams are ranked by the base model's log-probabilities, which an LLM of "
+                f"logprobs_mode {config.logprobs_mode!r} does not return: make it with "
+                "'raw_logprobs'"
+            )
+        self.llm, self.top_k = llm, top_k
+        self.params = SamplingParams(temperature=0, max_tokens=1, logprobs=top_k, detokenize=False)
+
+    def __call__(
+        self, texts: list[list[int]], parents: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = [{"prompt_token_ids": text} for text in texts]
+        outputs = self.llm.generate(inputs, self.params, use_tqdm=False)
+        rows = [list(output.outputs[0].logprobs[0].items())[: self.top_k] for output in outputs]
+        candidates = torch.tensor([[token for token, _ in row] for row in rows])
+        steps = torch.tensor([[found.logprob for _, found in row] for row in rows])
+        return candidates, steps.log_softmax(-1)
+
+
+def _sampler(generator: Any, kwargs: dict[str, Any]) -> Sampler:
+    if _is_vllm(generator):
+        return lambda prompts, n: _sample_vllm(generator, prompts, n, **kwargs)
+    if hasattr(generator, "generate"):
+        return lambda prompts, n: _sample_transformers(generator, prompts, n, kwargs)
+    if not callable(generator):
+        raise TypeError(
+            "generator must be a transformers model, a vllm.LLM or a function of the prompts and "
+            f"n, got {generator!r}"
+        )
+    if kwargs:
+        raise ValueError(f"{sorted(kwargs)} are for `generate`, which a function does not have")
+    return generator
+
+
+def _sample_vllm(
+    llm: Any, prompts: list[list[int]], n: int, sampling_params: Any = None, **kwargs: Any
+) -> list[list[list[int]]]:
+    params = (sampling_params or llm.get_default_sampling_params()).clone()
+    params.n = n
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, **kwargs)
+    return [[list(response.token_ids) for response in output.outputs] for output in outputs]
+
+
+def _sample_transformers(
+    model: Any, prompts: list[list[int]], n: int, kwargs: dict[str, Any]
+) -> list[list[list[int]]]:
+    kwargs = {"do_sample": True, **kwargs}
+    input_ids, mask = _left_padded(prompts, model.device)
+    for processor in kwargs.get("logits_processor") or ():
+        if isinstance(processor, MAVISLogitsProcessor):
+            processor.attention_mask = mask
+    eos = _as_list(kwargs.get("eos_token_id", _eos_token_ids(model)))
+    if eos:
+        kwargs.setdefault("pad_token_id", eos[0])  # never seen: what follows the end is cut off
+    output = model.generate(
+        input_ids=input_ids, attention_mask=mask, num_return_sequences=n, **kwargs
+    )
+    output = getattr(output, "sequences", output)[:, input_ids.shape[1] :].tolist()
+    flat = [_cut(response, eos) for response in output]
+    return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+
+def _cut(response: list[int], eos: list[int]) -> list[int]:
+    """The response up to and with its end-of-sequence token, which may be the padding, too."""
+    ends = (i for i, token in enumerate(response, start=1) if token in eos)
+    return response[: next(ends, None)]
+
+
+def _final_values(
+    models: list[MAVISValueModel], texts: list[list[int]], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Values `[len(texts), objectives]` float32 of finished texts."""
+    lengths = np.array([len(text) - 1 for text in texts])
+    engine = ValueEngine(
+        models,
+        num_slots=len(texts),
+        max_length=int(lengths.max()),
+        device=device,
+        dtype=dtype,
+        kv_cache_memory=GIB,
+    )
+    last = torch.tensor([text[-2:] for text in texts], device=device)
+    values = engine.values(
+        np.arange(len(texts)),
+        lengths,
+        last[:, 0],
+        last[:, 1:],
+        lambda slot, start, stop: texts[slot][start:stop],
+    )
+    return values[:, 0].cpu()
+
+
+def _rewards(
+    reward_funcs: Mapping[str, Callable[..., Sequence[float]]],
+    configs: Sequence[MAVISValueConfig],
+    tokenizer: Any,
+    columns: Mapping[str, Sequence[Any]],
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    n: int,
+) -> torch.Tensor:
+    """Standardised rewards `[batch * n, objectives]`, float32; NaN for those without a function."""
+    columns = {"prompts": tokenizer.batch_decode(prompts, skip_special_tokens=True), **columns}
+    for name, column in columns.items():
+        if len(column) != len(prompts):
+            raise ValueError(
+                f"columns[{name!r}] has {len(column)} entries for {len(prompts)} prompts"
+            )
+    repeated = {name: [x for x in column for _ in range(n)] for name, column in columns.items()}
+    completions = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    if not isinstance(columns["prompts"][0], str):
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    judged = []
+    for config in configs:
+        for name, mean, std in zip(config.objectives, config.reward_mean, config.reward_std):  # type: ignore[arg-type]
+            if name not in reward_funcs:
+                judged.append([math.nan] * len(responses))
+                continue
+            rewards = reward_funcs[name](
+                completions=completions, completion_ids=responses, **repeated
+            )
+            rewards = [float(reward) for reward in rewards]
+            if len(rewards) != len(responses) or not all(map(math.isfinite, rewards)):
+                raise ValueError(
+                    f"reward function {name!r} must return a finite number for each of "
+                    f"{len(responses)} completions, got {rewards}"
+                )
+            judged.append([(reward - mean) / std for reward in rewards])
+    return torch.tensor(judged).T
+
+
+def _prompts(
+    input_ids: torch.Tensor | Sequence[Sequence[int]], attention_mask: torch.Tensor | None
+) -> list[list[int]]:
+    """The prompts without their padding."""
+    if not isinstance(input_ids, torch.Tensor):
+        if attention_mask is not None:
+            raise ValueError("attention_mask belongs to a padded tensor, but input_ids is a list")
+        prompts = [list(prompt) for prompt in input_ids]
+    elif attention_mask is None and len(input_ids) > 1:
+        # Padding tokens do not tell: they may be the end-of-sequence token.
+        raise ValueError("input_ids of several prompts need the attention_mask that belongs to it")
+    elif attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask of shape {list(attention_mask.shape)} does not belong to input_ids of "
+            f"shape {list(input_ids.shape)}"
+        )
+    else:
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = zip(input_ids.tolist(), left_padding(real).tolist())
+        prompts = [row[padding:] for row, padding in rows]
+    if not prompts or not all(prompts):
+        raise ValueError("input_ids must hold at least one prompt, and each at least one token")
+    return prompts
+
+
+def _left_padded(texts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, `[batch, longest]` int64."""
+    longest = max(map(len, texts))
+    input_ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    return input_ids.to(device), mask.to(device)
+
+
+def _open(
+    value_models: Sequence[MAVISValueModel | str], dtype: torch.dtype | None, generator: Any
+) -> tuple[list[MAVISValueModel], torch.dtype, torch.device]:
+    """The value models, and how to compute them beside the generator."""
+    if hasattr(generator, "device"):
+        device = torch.device(generator.device)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    models = open_value_models(value_models, dtype)
+    vocab_size = None
+    if _is_vllm(generator):
+        vocab_size = generator.llm_engine.model_config.get_vocab_size()
+    elif hasattr(generator, "config"):
+        vocab_size = generator.config.get_text_config().vocab_size
+    for model in models:
+        if vocab_size not in (None, model.config.vocab_size):
+            raise ValueError(
+                f"the value model for {model.config.objectives} has a vocabulary of "
+                f"{model.config.vocab_size} tokens, the base model has {vocab_size}: "
+                "train value models on this base model"
+            )
+    return models, dtype, device
+
+
+def _is_vllm(generator: Any) -> bool:
+    return hasattr(generator, "llm_engine")
+
+
+def _eos_token_ids(model: Any) -> list[int]:
+    if _is_vllm(model):
+        stop = model.get_default_sampling_params().stop_token_ids or []
+        return [model.get_tokenizer().eos_token_id, *stop]
+    return _as_list(model.generation_config.eos_token_id)
+
+
+def _as_list(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
