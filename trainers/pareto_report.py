@@ -1,0 +1,332 @@
+"""What [`evaluate`] found, as JSON, a Markdown table, a PNG and an HTML page that needs no network."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_report(result: Mapping[str, Any], path: str | Path) -> list[Path]:
+    """
+    Writes `path` with the endings `.json`, `.md`, `.png` and `.html`.
+
+    Args:
+        result (`dict[str, Any]`):
+            Of [`evaluate`]; keys of the caller's own are kept in the JSON.
+        path (`str` or `Path`):
+            Where to write, without an ending.
+
+    Returns:
+        `list[Path]`: The four files.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_name(path.name + ending) for ending in (".json", ".md", ".png", ".html")]
+    files[0].write_text(json.dumps(result, indent=2) + "\n")
+    files[1].write_text(to_markdown(result))
+    plot(result, files[2])
+    files[3].write_text(to_html(result))
+    return files
+
+
+def _interval(x: Mapping[str, float], digits: int = 2, sign: str = "+") -> str:
+    return (
+        f"{x['value']:{sign}.{digits}f} [{x['low']:{sign}.{digits}f}, {x['high']:{sign}.{digits}f}]"
+    )
+
+
+def _weights(weights: Mapping[str, float]) -> str:
+    return " + ".join(f"{value:.3g} {name}" for name, value in weights.items() if value) or "none"
+
+
+def _kl(entry: Mapping[str, Any]) -> str:
+    value = entry["kl"]["value"]
+    if entry["kl_kind"] == "unknown":
+        return "?"
+    return f"{'≤ ' if entry['kl_kind'] == 'bound' else ''}{value:.1f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """
+    Tables of the hypervolumes, the judges and all points.
+
+    Args:
+        result (`dict[str, Any]`):
+            Of [`evaluate`].
+
+    Returns:
+        `str`: Markdown.
+    """
+    objectives = result["objectives"]
+    lines = [
+        f"{result['prompts']} prompts; gains in standard deviations of the unguided reward; medians "
+        "over the seeds, 95 % bootstrap intervals over the prompts.",
+        "",
+    ]
+    for plane in result["planes"]:
+        lines += [f"## Hypervolume: {', '.join(plane['objectives'])}", ""]
+        lines += [
+            f"Above one standard deviation below the unguided mean; unguided {plane['unguided']:.2f}.",
+            "",
+        ]
+        ahead = {tuple(row["of"]): row for row in plane.get("ahead", [])}
+        rows = []
+        for row in plane["hypervolume"]:
+            key = (row["method"], row["strength"])
+            lead = _interval(ahead[key]) if key in ahead else ""
+            rows.append(
+                [
+                    row["method"],
+                    f"{row['strength']:g}",
+                    str(row["points"]),
+                    _interval(row, sign=""),
+                    lead,
+                ]
+            )
+        lines += _table(["method", "strength", "points", "hypervolume", "behind the best by"], rows)
+        if plane["matched"]:
+            budgets = list(dict.fromkeys(row["kl"] for row in plane["matched"]))
+            methods = list(dict.fromkeys(row["method"] for row in plane["matched"]))
+            at = {(row["method"], row["kl"]): _interval(row, sign="") for row in plane["matched"]}
+            lines += ["At equal KL to the base model, nats a response:", ""]
+            lines += _table(
+                ["method", *(f"{budget:g}" for budget in budgets)],
+                [[m, *(at.get((m, budget), "") for budget in budgets)] for m in methods],
+            )
+    if result["judges"]:
+        lines += ["## Held-out judges", ""]
+        lines += _table(
+            ["method", "strength", "objective", "training reward", "held-out judge", "same sign"],
+            [
+                [
+                    row["method"],
+                    f"{row['strength']:g}",
+                    row["objective"],
+                    _interval(row["reward"]),
+                    _interval(row["judge"]),
+                    "yes" if row["agrees"] else "**no**",
+                ]
+                for row in result["judges"]
+            ],
+        )
+    lines += ["## Points", ""]
+    lines += _table(
+        ["method", "strength", "weights", *objectives, "KL", "log-ratio", "distinct-1", "distinct-2",
+         "length", "cost, tokens", "tokens/s"],
+        [
+            [
+                p["method"],
+                f"{p['strength']:g}",
+                _weights(p["weights"]),
+                *(_interval(p["gain"][o]) for o in objectives),
+                _kl(p),
+                "" if p["log_ratio"] is None else f"{p['log_ratio']['value']:.1f}",
+                f"{p['distinct_1']:.2f}",
+                f"{p['distinct_2']:.2f}",
+                f"{p['length']:.0f}",
+                f"{p['cost']:.0f}",
+                f"{p['tokens_per_second']:.0f}",
+            ]
+            for p in result["points"]
+        ],
+    )  # fmt: skip
+    return "\n".join(lines)
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """
+    A panel per plane of two objectives, and hypervolume against KL of every plane.
+
+    Args:
+        result (`dict[str, Any]`):
+            Of [`evaluate`].
+        path (`Path`):
+            PNG file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    pairs = [plane["objectives"] for plane in result["planes"] if len(plane["objectives"]) == 2]
+    matched = [plane for plane in result["planes"] if plane["matched"]]
+    panels = max(1, len(pairs) + len(matched))
+    figure, axes = plt.subplots(
+        1, panels, figsize=(5.4 * panels, 4.8), layout="constrained", squeeze=False
+    )
+    families = list(dict.fromkeys((p["method"], p["strength"]) for p in result["points"]))
+    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(m for m, _ in families))}
+    for axis, (x, y) in zip(axes[0], pairs):
+        for method, strength in families:
+            own = [
+                p
+                for p in result["points"]
+                if (p["method"], p["strength"]) == (method, strength)
+                and not {o for o, w in p["weights"].items() if w} - {x, y}
+            ]
+            own.sort(key=lambda p: p["weights"].get(x, 0.0))
+            gains = [
+                [[p["gain"][o][k] for k in ("value", "low", "high")] for p in own] for o in (x, y)
+            ]
+            if not own:
+                continue
+            (xs, xl, xh), (ys, yl, yh) = (list(zip(*g)) for g in gains)
+            axis.errorbar(
+                xs, ys,
+                xerr=[[a - b for a, b in zip(xs, xl)], [b - a for a, b in zip(xs, xh)]],
+                yerr=[[a - b for a, b in zip(ys, yl)], [b - a for a, b in zip(ys, yh)]],
+                fmt="o-", ms=4, lw=1.2, elinewidth=0.4, color=colours[method],
+                alpha=0.45 + 0.55 * _rank(strength, [s for m, s in families if m == method]),
+                label=f"{method}, {strength:g}",
+            )  # fmt: skip
+        axis.set_xlabel(f"gain in {x} (unguided sd)")
+        axis.set_ylabel(f"gain in {y} (unguided sd)")
+        axis.legend(fontsize=7)
+    for axis, plane in zip(axes[0][len(pairs) :], matched):
+        for method in dict.fromkeys(row["method"] for row in plane["matched"]):
+            own = [row for row in plane["matched"] if row["method"] == method]
+            xs = [0.0] + [row["kl"] for row in own]
+            values = [plane["unguided"]] + [row["value"] for row in own]
+            axis.plot(xs, values, "o-", ms=3, color=colours[method], label=method)
+            axis.fill_between(
+                xs,
+                [plane["unguided"]] + [row["low"] for row in own],
+                [plane["unguided"]] + [row["high"] for row in own],
+                color=colours[method], alpha=0.12, lw=0,
+            )  # fmt: skip
+        axis.set_xlabel("KL to the base model, at most, nats a response")
+        axis.set_ylabel(f"hypervolume: {', '.join(plane['objectives'])}")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _rank(value: float, values: Sequence[float]) -> float:
+    return (sorted(values).index(value) + 1) / len(values)
+
+
+PAGE = """<!doctype html>
+<meta charset="utf-8"><title>Pareto front</title>
+<style>
+body {{ font: 14px system-ui, sans-serif; margin: 2em; max-width: 70em }}
+svg {{ border: 1px solid #ccc; display: block; margin: 1em 0 }}
+table {{ border-collapse: collapse; font-size: 12px }} td, th {{ border: 1px solid #ccc; padding: 3px 6px }}
+label span {{ padding: 0 .5em 0 .2em }}
+</style>
+<h1>Gains over the unguided model</h1>
+<p>In standard deviations of its reward. Choose the axes and the methods; point at a dot for its figures.</p>
+<p>x <select id="x"></select> y <select id="y"></select></p>
+<p id="methods"></p>
+<svg id="plot" width="760" height="520"></svg>
+{table}
+<script>
+const data = {data};
+const axes = [...data.objectives, "KL to the base model"];
+const methods = [...new Set(data.points.map(p => p.method))];
+const colour = m => `hsl(${{360 * methods.indexOf(m) / methods.length}} 70% 42%)`;
+const value = (p, a) => a in p.gain ? p.gain[a].value : p.kl.value;
+const svg = document.getElementById("plot"), ns = svg.namespaceURI;
+const add = (name, attributes, text) => {{
+  const e = document.createElementNS(ns, name);
+  for (const k in attributes) e.setAttribute(k, attributes[k]);
+  if (text !== undefined) e.textContent = text;
+  return svg.appendChild(e);
+}};
+const select = {{}};
+["x", "y"].forEach((id, i) => {{
+  select[id] = document.getElementById(id);
+  axes.forEach(a => select[id].add(new Option(a)));
+  select[id].value = data.first[i];
+  select[id].onchange = draw;
+}});
+const shown = new Set(methods);
+methods.forEach(m => {{
+  const label = document.createElement("label"), box = document.createElement("input");
+  const name = document.createElement("span");
+  box.type = "checkbox"; box.checked = true; name.textContent = m; name.style.color = colour(m);
+  box.onchange = () => {{ box.checked ? shown.add(m) : shown.delete(m); draw(); }};
+  label.append(box, name);
+  document.getElementById("methods").append(label);
+}});
+function draw() {{
+  svg.replaceChildren();
+  const points = data.points.filter(p => shown.has(p.method) && Number.isFinite(value(p, select.x.value))
+    && Number.isFinite(value(p, select.y.value)));
+  const scale = (a, low, high) => {{
+    const v = points.map(p => value(p, a)), l = Math.min(0, ...v) - .1, h = Math.max(0, ...v) + .1;
+    return [z => low + (z - l) / (h - l) * (high - low), l, h];
+  }};
+  const [x, xl, xh] = scale(select.x.value, 50, 740), [y, yl, yh] = scale(select.y.value, 480, 20);
+  for (let i = 0; i <= 6; i++) {{
+    const a = xl + i * (xh - xl) / 6, b = yl + i * (yh - yl) / 6;
+    add("text", {{x: x(a), y: 500, "font-size": 11, "text-anchor": "middle"}}, a.toFixed(1));
+    add("text", {{x: 44, y: y(b), "font-size": 11, "text-anchor": "end"}}, b.toFixed(1));
+  }}
+  add("line", {{x1: x(0), x2: x(0), y1: 20, y2: 480, stroke: "#ccc"}});
+  add("line", {{x1: 50, x2: 740, y1: y(0), y2: y(0), stroke: "#ccc"}});
+  add("text", {{x: 395, y: 516, "font-size": 12, "text-anchor": "middle"}}, select.x.value);
+  add("text", {{x: 12, y: 250, "font-size": 12, "text-anchor": "middle",
+    transform: "rotate(-90 12 250)"}}, select.y.value);
+  for (const p of points) {{
+    const dot = add("circle", {{cx: x(value(p, select.x.value)), cy: y(value(p, select.y.value)), r: 5,
+      fill: colour(p.method), "fill-opacity": .75}});
+    const title = document.createElementNS(ns, "title");
+    title.textContent = p.label;
+    dot.append(title);
+  }}
+}}
+draw();
+</script>
+"""
+
+
+def to_html(result: Mapping[str, Any]) -> str:
+    """
+    A page with a plot of any two objectives, or KL, and the table of hypervolumes.
+
+    Args:
+        result (`dict[str, Any]`):
+            Of [`evaluate`].
+
+    Returns:
+        `str`: HTML with everything in it.
+    """
+    points = [
+        {
+            "method": p["method"],
+            "gain": p["gain"],
+            "kl": {"value": p["kl"]["value"] if p["kl_kind"] != "unknown" else None},
+            "label": f"{p['method']}, {p['strength']:g}: {_weights(p['weights'])}\n"
+            + "\n".join(f"{o} {_interval(p['gain'][o])}" for o in result["objectives"])
+            + f"\nKL {_kl(p)} nats, distinct-2 {p['distinct_2']:.2f}, {p['length']:.0f} tokens",
+        }
+        for p in result["points"]
+    ]
+    pair = next((p["objectives"] for p in result["planes"] if len(p["objectives"]) == 2), None)
+    first = pair or [*result["objectives"], "KL to the base model"][:2]
+    data = {"objectives": result["objectives"], "points": points, "first": first}
+    rows = [
+        [
+            ", ".join(plane["objectives"]),
+            row["method"],
+            f"{row['strength']:g}",
+            _interval(row, sign=""),
+        ]
+        for plane in result["planes"]
+        for row in plane["hypervolume"]
+    ]
+    cells = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    head = "".join(f"<th>{h}</th>" for h in ("objectives", "method", "strength", "hypervolume"))
+    # "</" would end the script element, wherever it stands.
+    text = json.dumps(data).replace("</", "<\\/")
+    return PAGE.format(data=text, table=f"<table><tr>{head}</tr>{cells}</table>")
