@@ -11,9 +11,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from tests.reference import Reference
 
@@ -109,6 +111,29 @@ def test_greedy_answers_equal_the_plain_computation(client, smollm2, quality):
         assert answer.choices[0].token_ids == expected
         answers[text] = answer.choices[0].message.content
     assert len(set(answers.values())) == 3
+
+
+def test_rollouts_are_sampled_over_http(client, smollm2, quality):
+    from transformers import AutoTokenizer
+
+    from trimtab.trainers.rollouts import TreeConfig
+    from trimtab.trainers.samplers import ServerSampler
+
+    sampler = ServerSampler(str(client.base_url), TreeConfig(top_k=TOP_K), {2})
+    prompt = AutoTokenizer.from_pretrained(smollm2).apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=False
+    )
+    seeds = list(range(300))
+    pieces = sampler([prompt] * 300, [1] * 299 + [12], seeds)
+    assert 1 < len(pieces[-1].tokens) <= 12
+    policy = Reference(smollm2, []).distribution(prompt, (), 1.0, TOP_K)
+    counts = np.bincount([piece.tokens[0] for piece in pieces])
+    observed = [counts[token] if token < len(counts) else 0 for token in policy]
+    assert sum(observed) == 300, "only the base model's likeliest tokens are sampled"
+    assert chisquare(observed, [300 * p for p in policy.values()]).pvalue > 1e-3
+    assert sampler([prompt] * 2, [3, 3], [5, 5])[0] == sampler([prompt], [3], [5])[0]
+    with pytest.raises(ValueError, match="base model only"):
+        sampler([prompt], [3], [5], {"calm": 1.0})
 
 
 def test_streaming_and_parallel_samples(client):

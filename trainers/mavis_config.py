@@ -49,6 +49,21 @@ class MAVISConfig(TrainingArguments):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used to
             load the base model.
 
+        > Parameters that control the iterations
+
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Number of iterations. The first samples from the base model, each other one from the
+            policies that the last one's values guide, one for every objective.
+        beta (`float`, *optional*, defaults to `1.0`):
+            Strength of the guidance that later iterations sample with. Every iteration improves
+            `reward - KL / beta`, in standardised rewards and nats.
+        kl_penalty (`float`, *optional*):
+            What a nat of KL to the base model costs a response, in standardised rewards. If `None`,
+            it defaults to `1 / beta`.
+        monotonic_check (`bool`, *optional*, defaults to `True`):
+            Whether to warn when an iteration did not improve `reward - KL / beta` on the prompts of
+            `eval_dataset`.
+
         > Parameters that control the rollouts
 
         max_completion_length (`int`, *optional*, defaults to `256`):
@@ -85,6 +100,9 @@ class MAVISConfig(TrainingArguments):
         use_vllm (`bool`, *optional*, defaults to `False`):
             Whether to sample with vLLM, in this process, instead of `model.generate()`. Requires
             `vllm` to be installed.
+        vllm_server_base_url (`str`, *optional*):
+            Base URL of a running `vllm serve` of the base model to sample from instead, for example
+            `"http://localhost:8000"`. It can do the first iteration only.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Control the GPU memory utilization for vLLM.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
@@ -199,6 +217,36 @@ class MAVISConfig(TrainingArguments):
         },
     )
 
+    # Parameters that control the iterations
+    num_iterations: int = field(
+        default=1,
+        metadata={
+            "help": "Number of iterations. The first samples from the base model, each other one "
+            "from the policies that the last one's values guide, one for every objective."
+        },
+    )
+    beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "Strength of the guidance that later iterations sample with. Every iteration "
+            "improves `reward - KL / beta`, in standardised rewards and nats."
+        },
+    )
+    kl_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "What a nat of KL to the base model costs a response, in standardised rewards. "
+            "If `None`, it defaults to `1 / beta`."
+        },
+    )
+    monotonic_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to warn when an iteration did not improve `reward - KL / beta` on the "
+            "prompts of `eval_dataset`."
+        },
+    )
+
     # Parameters that control the rollouts
     max_completion_length: int = field(
         default=256,
@@ -271,6 +319,13 @@ class MAVISConfig(TrainingArguments):
             "Requires `vllm` to be installed."
         },
     )
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Base URL of a running `vllm serve` of the base model to sample from instead, "
+            "for example `'http://localhost:8000'`. It can do the first iteration only."
+        },
+    )
     vllm_gpu_memory_utilization: float = field(
         default=0.3,
         metadata={"help": "Control the GPU memory utilization for vLLM."},
@@ -317,6 +372,7 @@ class MAVISConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         for name in (
+            "num_iterations",
             "max_completion_length",
             "layers",
             "root_children",
@@ -330,6 +386,23 @@ class MAVISConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.top_k < 0:
             raise ValueError(f"`top_k` must not be negative, got {self.top_k}")
+        if not self.beta > 0:
+            raise ValueError(f"`beta` must be positive, got {self.beta}")
+        if self.kl_penalty is None:
+            self.kl_penalty = 1 / self.beta
+        if not self.kl_penalty >= 0:
+            raise ValueError(f"`kl_penalty` must not be negative, got {self.kl_penalty}")
+        if self.num_iterations > 1 and not self.top_k:
+            raise ValueError(
+                "`top_k` must be at least 1 with several iterations: guidance chooses among that "
+                "many candidates, got 0"
+            )
+        if self.num_iterations > 1 and self.vllm_server_base_url:
+            raise ValueError(
+                f"`vllm_server_base_url` cannot serve num_iterations={self.num_iterations}: later "
+                "iterations sample with value models that the server has not loaded. Leave it out "
+                "and set `use_vllm` to sample in this process"
+            )
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
         if self.head_type not in HEAD_TYPES:

@@ -7,10 +7,14 @@ resuming, logging, distribution and the hub are those of [`~transformers.Trainer
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -24,7 +28,8 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging
 
 from trimtab.plugins.value_model import (
     MAVISValueModel,
@@ -39,20 +44,17 @@ from .candidates import (
     add_candidates,
     candidate_differences,
 )
+from .iterations import PolicyHistory, weights_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
 from .rewards import RewardFunc, load_reward_funcs, reward_statistics
-from .rollouts import (
-    Sampler,
-    TransformersSampler,
-    Tree,
-    TreeConfig,
-    VLLMSampler,
-    collect_rollouts,
-)
+from .rollouts import Tree, TreeConfig, collect_rollouts, read_rollouts
+from .samplers import Sampler, ServerSampler, TransformersSampler, VLLMSampler
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+logger = logging.get_logger(__name__)
 
 QUARTERS = 4  # of a response, for the metrics by depth
 
@@ -111,6 +113,9 @@ class MAVISTrainer(ValueModelTrainer):
     the finished ones, and trains one model to predict, after every token of a response, the mean
     standardised reward of each objective. Rollouts are stored as they come: call it again after an
     interruption and it goes on where it was.
+
+    With `num_iterations` above 1 the next iteration samples from the policy that the values of the
+    last one guide, a tree for every objective and prompt, and charges the KL to the base model.
 
     This class is a wrapper around the [`~transformers.Trainer`] class and inherits all of its
     attributes and methods.
@@ -209,6 +214,13 @@ class MAVISTrainer(ValueModelTrainer):
         )
         self._sampler: Any = None
         self._collected = False
+        self._iteration = 0
+        self._history = PolicyHistory(args.beta)
+        if args.num_iterations > 1 and optimizers != (None, None):
+            raise ValueError(
+                "`optimizers` serve one training: give them with num_iterations=1, or choose them "
+                "with `optim` and `lr_scheduler_type`, which every iteration makes anew"
+            )
 
         set_seed(args.seed)
         value_model: Any = model
@@ -318,117 +330,261 @@ class MAVISTrainer(ValueModelTrainer):
         return prompt_ids
 
     def _make_sampler(self) -> Sampler:
-        if self._sampler is None:
-            args = self.args
-            if args.use_vllm and self.accelerator.num_processes > 1:
+        if self._sampler is not None:
+            return self._sampler
+        args = self.args
+        value_models = [] if self._iteration == 0 else [str(self._value_model(self._iteration - 1))]
+        arguments: Any = (self.base_model, self.tree_config, self.eos_token_ids)
+        if args.vllm_server_base_url:
+            self._sampler = ServerSampler(args.vllm_server_base_url, *arguments[1:])
+        elif args.use_vllm:
+            if self.accelerator.num_processes > 1:
                 raise ValueError(
                     "`use_vllm` samples in a single process: call `collect_rollouts` without a "
-                    "launcher first, then launch the training, which finds them stored"
+                    "launcher first, then launch the training, which finds them stored; or start "
+                    "`vllm serve` and set `vllm_server_base_url`"
                 )
-            if args.use_vllm:
-                longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
-                self._sampler = VLLMSampler(
-                    self.base_model,
-                    self.tree_config,
-                    self.eos_token_ids,
-                    max_model_len=longest + args.max_completion_length,
-                    gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-                    tensor_parallel_size=args.vllm_tensor_parallel_size,
-                    init_kwargs=args.vllm_init_kwargs,
-                )
-            else:
-                self._sampler = TransformersSampler(
-                    self.base_model,
-                    self.tree_config,
-                    self.eos_token_ids,
-                    batch_size=args.generation_batch_size,
-                    model_init_kwargs=args.model_init_kwargs,
-                )
+            longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
+            self._sampler = VLLMSampler(
+                *arguments,
+                max_model_len=longest + args.max_completion_length,
+                value_models=value_models,
+                beta=args.beta,
+                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                tensor_parallel_size=args.vllm_tensor_parallel_size,
+                init_kwargs=args.vllm_init_kwargs,
+            )
+        else:
+            self._sampler = TransformersSampler(
+                *arguments,
+                value_models=value_models,
+                beta=args.beta,
+                batch_size=args.generation_batch_size,
+                model_init_kwargs=args.model_init_kwargs,
+            )
         return self._sampler
 
-    def _collect(self, name: str) -> list[Tree]:
-        dataset = self._prompts[name]
-        folder = Path(self.args.rollout_dir or Path(self.args.output_dir) / "rollouts") / name
-        # One process samples; the others find every file written and read them.
-        with self.accelerator.main_process_first():
-            return collect_rollouts(
-                folder,
-                prompts=list(dataset["prompt"]),
-                columns={
-                    column: list(dataset[column])
-                    for column in dataset.column_names
-                    if column != "prompt"
-                },
-                tokenizer=self.processing_class,
-                prompt_ids=self._prompt_ids[name],
-                reward_funcs=self.reward_funcs,
-                config=self.tree_config,
-                eos_token_ids=self.eos_token_ids,
-                make_sampler=self._make_sampler,
-                identity={
-                    "base_model": self.base_model,
-                    "base_model_fingerprint": self.value_config.base_model_fingerprint,
-                    "tokenizer_fingerprint": self.value_config.tokenizer_fingerprint,
-                    "sampler": "vllm" if self.args.use_vllm else "transformers",
-                },
-                batch_size=self.args.rollout_batch_size,
-            )
+    @contextmanager
+    def _sampling(self) -> Any:
+        """Closes the sampler, if one was needed."""
+        try:
+            yield
+        finally:
+            if self._sampler is not None:
+                self._sampler.close()
+                self._sampler = None
+
+    def _collect(self, name: str, objective: str | None = None) -> list[Tree]:
+        """The rollouts of a dataset under the base model or the policy of one objective."""
+        args, dataset = self.args, self._prompts[name]
+        folder = Path(args.rollout_dir or Path(args.output_dir) / "rollouts")
+        identity = {
+            "base_model": self.base_model,
+            "base_model_fingerprint": self.value_config.base_model_fingerprint,
+            "tokenizer_fingerprint": self.value_config.tokenizer_fingerprint,
+            "sampler": "vllm" if args.use_vllm or args.vllm_server_base_url else "transformers",
+        }
+        reward_funcs, make_sampler = self.reward_funcs, self._make_sampler
+        if objective is not None:
+            weights = {objective: 1.0}
+            folder = folder / f"iteration-{self._iteration}" / objective
+            identity |= {
+                "weights": weights,
+                "beta": args.beta,
+                "value_model": weights_fingerprint(self._value_model(self._iteration - 1)),
+            }
+            reward_funcs = {objective: self.reward_funcs[objective]}
+            make_sampler = lambda: functools.partial(self._make_sampler(), weights=weights)  # noqa: E731
+        collect_rollouts(
+            folder / name,
+            prompts=list(dataset["prompt"]),
+            columns={
+                column: list(dataset[column])
+                for column in dataset.column_names
+                if column != "prompt"
+            },
+            tokenizer=self.processing_class,
+            prompt_ids=self._prompt_ids[name],
+            reward_funcs=reward_funcs,
+            config=self.tree_config,
+            eos_token_ids=self.eos_token_ids,
+            make_sampler=make_sampler,
+            identity=identity,
+            batch_size=args.rollout_batch_size,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        self.accelerator.wait_for_everyone()
+        return read_rollouts(folder / name)
 
     def collect_rollouts(self) -> None:
         """
-        Samples and rewards what is missing of the rollouts, and packs them for training.
+        Samples and rewards what is missing of the base model's rollouts, and packs them for
+        training.
 
         [`~MAVISTrainer.train`] and [`~MAVISTrainer.evaluate`] call it; a second call does nothing.
         """
         if self._collected:
             return
-        try:
+        with self._sampling():
             trees = {
                 name: self._collect(name)
                 for name, dataset in self._prompts.items()
                 if dataset is not None
             }
-        finally:
-            if self._sampler is not None:
-                self._sampler.close()
-                self._sampler = None
         mean, std = reward_statistics(trees["train"], self.objectives)
         self.value_config.reward_mean = mean.tolist()
         self.value_config.reward_std = std.tolist()
+        training = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
         self.value_config.provenance = provenance(
             rollouts={**vars(self.tree_config), "prompts": len(trees["train"])},
-            training={
-                name: getattr(self.args, name)
-                for name in (
-                    "learning_rate",
-                    "num_train_epochs",
-                    "per_device_train_batch_size",
-                    "leaf_fraction",
-                )
-            },
+            training={name: getattr(self.args, name) for name in (*training, "leaf_fraction")},
         )
-        arguments = (self.objectives, mean, std, self.args.max_length)
-        self.train_dataset = TreeDataset(
-            trees["train"], *arguments, leaf_fraction=self.args.leaf_fraction, seed=self.args.seed
-        )
-        if "eval" in trees:
-            self.eval_dataset = TreeDataset(trees["eval"], *arguments)
+        self._pack(trees)
         check_tree_attention(self, self.train_dataset.sequences)
+        if "eval" in trees:
+            self._history.add({name: trees["eval"] for name in self.objectives}, mean, std)
         self._collected = True
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def _collect_from_policy(self) -> None:
+        """Measures the policy of the last iteration, and samples from it for the next one."""
+        self._iteration += 1
+        names = [name for name, dataset in self._prompts.items() if dataset is not None]
+        if self._iteration == self.args.num_iterations:
+            names.remove("train")
+        with self._sampling():
+            by_name = {
+                name: {objective: self._collect(name, objective) for objective in self.objectives}
+                for name in names
+            }
+        if "eval" in by_name:
+            config = self.value_config
+            self._history.add(by_name["eval"], config.reward_mean, config.reward_std)
+            measured = self._history.policies[-1]
+            self.log(
+                {
+                    f"policy/{measure}/{name}": measured[name][measure]["mean"]
+                    for name in self.objectives
+                    for measure in ("reward", "kl", "objective", "improvement")
+                }
+            )
+            if self.is_world_process_zero():
+                self._history.write(Path(self.args.output_dir))
+            if self.args.monotonic_check:
+                for message in self._history.warnings():
+                    logger.warning(message)
+        if "train" in by_name:
+            self._pack({name: list(chain(*trees.values())) for name, trees in by_name.items()})
+
+    def _pack(self, trees: dict[str, list[Tree]]) -> None:
+        """Makes the datasets of an iteration from its rollouts."""
+        args, config = self.args, self.value_config
+        mean, std = np.array(config.reward_mean), np.array(config.reward_std)
+        pack = functools.partial(
+            TreeDataset,
+            objectives=self.objectives,
+            mean=mean,
+            std=std,
+            max_length=args.max_length,
+            kl_penalty=args.kl_penalty,
+        )
+        self.train_dataset = pack(trees["train"], leaf_fraction=args.leaf_fraction, seed=args.seed)
+        if "eval" in trees:
+            self.eval_dataset = pack(trees["eval"])
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """
-        Collects the rollouts, trains on them and measures the model's `candidate_range`. Arguments
-        are those of [`~transformers.Trainer.train`].
+        Collects the rollouts, trains on them and measures the model's `candidate_range`; with
+        `num_iterations` above 1 again and again, and keeps the iteration whose policies have the
+        highest mean `reward - KL / beta` on the prompts of `eval_dataset`.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                If `True`, goes on with the last checkpoint, in the iteration that it is of; if
+                there is none yet, with the rollouts that were collected. With one iteration it may
+                be the path of a checkpoint.
+            args, kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
         """
+        if self.args.num_iterations > 1 and isinstance(resume_from_checkpoint, str):
+            raise ValueError(
+                "`resume_from_checkpoint` must be True with several iterations: it finds the "
+                f"iteration itself; got {resume_from_checkpoint!r}"
+            )
+        resume = bool(resume_from_checkpoint)
         self.collect_rollouts()
-        output = super().train(*args, **kwargs)
+        output = None
+        for iteration in range(self.args.num_iterations):
+            run_dir = Path(self._get_output_dir(None))
+            if iteration:
+                # A schedule of its own, without warm-up: the values are near already.
+                self.optimizer = self.lr_scheduler = None
+                self.model_wrapped = self.model
+                self.args.warmup_steps = 0
+            if resume and self._value_model(iteration).exists():
+                if not self._value_model(iteration + 1).exists():
+                    self._load_from_checkpoint(str(self._weights(iteration)))
+            else:
+                if resume and not isinstance(resume_from_checkpoint, str):
+                    resume_from_checkpoint = run_dir.is_dir() and get_last_checkpoint(str(run_dir))
+                    if not resume_from_checkpoint:
+                        logger.warning(f"no checkpoint in {str(run_dir)!r} yet: training begins")
+                output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+                resume_from_checkpoint = resume = False
+            if self.args.num_iterations > 1:
+                self._save_iteration()
+                self._collect_from_policy()
+        if self._history.policies[1:]:
+            best = self._history.best()
+            logger.info(f"the policies of iteration {best} are the best")
+            self._load_from_checkpoint(str(self._weights(best)))
+            self.value_config.provenance["iterations"] = {
+                **self._history.to_json(),
+                "kl_penalty": self.args.kl_penalty,
+                "kept": best,
+            }
+        self._measure_candidate_range()
+        return output
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the checkpoints go."""
+        folder = super()._get_output_dir(trial)
+        if self.args.num_iterations > 1:
+            folder = str(Path(folder) / f"iteration-{self._iteration}")
+        return folder
+
+    def _value_model(self, iteration: int) -> Path:
+        """The value model that an iteration has ended with."""
+        return Path(self.args.output_dir) / f"iteration-{iteration}" / "value_model"
+
+    def _weights(self, iteration: int) -> Path:
+        """The same as training can take it up again: an adapter is not merged there."""
+        merged = is_peft_model(self.model) and self.args.merge_adapter
+        folder = self._value_model(iteration)
+        return folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-final") if merged else folder
+
+    def _save_iteration(self) -> None:
+        """Saves what the iteration has ended with, whole or not at all."""
+        folder = self._value_model(self._iteration)
+        if folder.exists():
+            return
+        if self._weights(self._iteration) != folder:
+            self.save_model(str(self._weights(self._iteration)), _internal_call=True)
+        partial = folder.with_name(f"{folder.name}.partial")
+        self.save_model(str(partial), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            partial.rename(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _measure_candidate_range(self) -> None:
         # Copies: the candidates are not for the training that may go on.
         sequences = [dict(s) for s in self.train_dataset.sequences[:RANGE_SEQUENCES]]
-        base_model = load_base_model(self.base_model, self.args)
         add_candidates(
             sequences,
-            base_model,
+            load_base_model(self.base_model, self.args),
             [],
             self.data_collator,
             self.value_config.top_k,
@@ -437,7 +593,11 @@ class MAVISTrainer(ValueModelTrainer):
             self.accelerator,
         )
         set_candidate_range(self, sequences)
-        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.num_iterations > 1:
+            logs["iteration"] = self._iteration
+        super().log(logs, start_time)
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, **kwargs: Any
@@ -474,7 +634,7 @@ class MAVISTrainer(ValueModelTrainer):
             **taken,
         )
         values, labels = outputs.logits, inputs["labels"]
-        known = ~labels[..., 0].isnan()
+        known = ~labels.isnan()
         loss = (values[known] - labels[known]).square().mean()
         # Siblings at their first and at their last tokens
         first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
@@ -489,11 +649,12 @@ class MAVISTrainer(ValueModelTrainer):
             differences = torch.stack(
                 [first[first_a] - first[first_b], flat[last_a] - flat[last_b]]
             )
+            labelled = known.any(-1)
             self._metrics["train" if self.model.training else "eval"].add(
-                values[known],
-                labels[known],
+                values[labelled],
+                labels[labelled],
                 # The first quarter holds depths 1 to a quarter of the longest response.
-                (inputs["depths"][known] - 1) * QUARTERS // self.args.max_completion_length,
+                (inputs["depths"][labelled] - 1) * QUARTERS // self.args.max_completion_length,
                 differences,
                 inputs["sibling_labels"],
                 distinct,
@@ -512,12 +673,13 @@ class MAVISTrainer(ValueModelTrainer):
         siblings `a`, `b` after the same prefix of `(Q(s, a) - Q(s, b) - difference of labels)^2`.
         """
         taken = outputs.candidate_logits.flatten(2, 3)  # [batch, length, n_objectives]
-        known = known & (inputs["depths"] > 0)  # not at the prompt's last token
+        known = known & (inputs["depths"] > 0)[..., None]  # not at the prompt's last token
         loss = (taken[known] - inputs["labels"][known]).square().mean()
         first_a, first_b = inputs["siblings"][distinct, :2].unbind(-1)
         if self.args.sibling_weight and len(first_a):
             flat = taken.flatten(0, 1)
-            error = flat[first_a] - flat[first_b] - inputs["sibling_labels"][distinct]
+            error = flat[first_a] - flat[first_b] - inputs["sibling_labels"][distinct, 0]
+            error = error[~error.isnan()]
             loss = loss + self.args.sibling_weight * error.square().mean()
         return loss
 
@@ -552,32 +714,32 @@ class ValueMetrics:
             values (`torch.Tensor`):
                 Predicted values, `[n, n_objectives]`.
             labels (`torch.Tensor`):
-                Observed values, `[n, n_objectives]`.
+                Observed values, `[n, n_objectives]`, NaN where there is none.
             quarters (`torch.Tensor`):
                 Quarter of the response that each is in, `[n]`; `-1` at the end of the prompt.
             differences (`torch.Tensor`):
                 Predicted differences between siblings at their first and last tokens,
                 `[2, n_pairs, n_objectives]`.
             sibling_labels (`torch.Tensor`):
-                Observed differences, `[n_pairs, n_objectives]`.
+                Observed differences, `[n_pairs, 2, n_objectives]`, NaN where there is none.
             distinct (`torch.Tensor`):
                 Whether the siblings' first tokens differ, `[n_pairs]`; else these cannot be ranked.
         """
         values, labels, sibling_labels = values.double(), labels.double(), sibling_labels.double()
-        error = (values - labels).square()
+        known = ~labels.isnan()
+        labels, sibling_labels = labels.nan_to_num(), sibling_labels.nan_to_num()
+        error = (values - labels).square() * known
         rows = []
         for quarter in range(QUARTERS):
-            inside = (quarters == quarter)[:, None]
+            inside = (quarters == quarter)[:, None] & known
             for term in (torch.ones_like(labels), labels, labels.square(), error):
                 rows.append((term * inside).sum(0))
         for i, counted in enumerate((distinct, torch.ones_like(distinct))):
-            decided = (sibling_labels != 0) & counted[:, None]
-            agreement = differences[i].double().sign() * sibling_labels.sign()
+            observed = sibling_labels[:, i]
+            decided = (observed != 0) & counted[:, None]
+            agreement = differences[i].double().sign() * observed.sign()
             rows += [((agreement + 1) / 2 * decided).sum(0), decided.sum(0).double()]
-        rows += [
-            error.sum(0),
-            torch.full_like(error[0], len(error)) if len(error) else error.sum(0),
-        ]
+        rows += [error.sum(0), known.sum(0).double()]
         sums = torch.stack(rows)  # [rows, n_objectives]
         self.sums = sums if self.sums is None else self.sums + sums
 

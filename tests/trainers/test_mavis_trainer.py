@@ -181,7 +181,7 @@ def test_action_loss_is_that_of_taken_actions_and_siblings(base_model, tmp_path,
                         at_actions.append((torch.tensor(taken[end]) - label) ** 2)
             for (a, b, *_), label in zip(sequence["siblings"], sequence["sibling_labels"]):
                 if ids[a] != ids[b]:
-                    of_siblings.append((taken[a] - taken[b] - label) ** 2)
+                    of_siblings.append((taken[a] - taken[b] - label[0]) ** 2)
     expected = torch.stack(at_states).mean() + torch.stack(at_actions).mean()
     assert loss.item() == pytest.approx(
         expected.item() + sibling_weight * np.mean(of_siblings), rel=1e-4
@@ -210,7 +210,7 @@ def test_metrics_are_those_of_plain_numpy():
     labels = rng.normal(size=(50, 1))
     values = labels * 0.5 + rng.normal(size=(50, 1)) * 0.3
     quarters = rng.integers(-1, 4, size=50)
-    differences, sibling_labels = rng.normal(size=(2, 20, 1)), rng.normal(size=(20, 1))
+    differences, sibling_labels = rng.normal(size=(2, 20, 1)), rng.normal(size=(20, 2, 1))
     sibling_labels[:3] = 0
     distinct = np.arange(20) % 4 != 0
     metrics = ValueMetrics(["r"])
@@ -235,8 +235,8 @@ def test_metrics_are_those_of_plain_numpy():
         residual = np.mean((values[rows] - labels[rows]) ** 2)
         assert got[f"explained_variance/r{key}"] == pytest.approx(1 - residual / labels[rows].var())
     assert got["value_loss"] == pytest.approx(np.mean((values - labels) ** 2))
-    agree = np.sign(differences[..., 0]) == np.sign(sibling_labels[:, 0])
-    decided = sibling_labels[:, 0] != 0
+    agree = np.sign(differences[..., 0]) == np.sign(sibling_labels[..., 0].T)
+    decided = sibling_labels[:, 0, 0] != 0
     assert got["sibling_accuracy/r/last_token"] == pytest.approx(agree[1, decided].mean())
     assert got["sibling_accuracy/r/first_token"] == pytest.approx(
         agree[0, decided & distinct].mean()

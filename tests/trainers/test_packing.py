@@ -25,8 +25,17 @@ def value_model():
     return model.eval()
 
 
-def two_objectives(tree):
-    values = tree.values("sum")
+@pytest.fixture(scope="module")
+def guided():
+    """Trees of a policy other than the base model."""
+    trees = grow(TreeConfig(max_completion_length=14, layers=3), end=0.15, count=6, guided=True)
+    for tree in trees:
+        add_rewards(tree)
+    return trees
+
+
+def two_objectives(tree, kl_penalty=0.0):
+    values = tree.values("sum", kl_penalty)
     return np.stack([values, -2 * values], axis=-1)
 
 
@@ -75,10 +84,52 @@ def test_every_prefix_has_the_value_of_its_node_once(trees, max_length):
             assert pairs == sum(n * (n - 1) // 2 for n in families)
 
 
+def test_tokens_pay_for_the_kl_after_them(guided):
+    """A token's label is the mean return of the responses that go on from it."""
+    for tree in guided:
+        total = tree.total_weights()
+        returns = {}  # of the tokens of a node, by brute force over the leaves below it
+        for leaf in tree.leaves():
+            path = tree.path(leaf)
+            kls = [kl for i in path for kl in tree.nodes[i].kls]
+            for depth, node in enumerate(path):
+                below = path[depth + 1 :]
+                share = np.prod([tree.nodes[i].weight / total[tree.nodes[i].parent] for i in below])
+                first = sum(len(tree.nodes[i].tokens) for i in path[:depth])
+                for token in range(len(tree.nodes[node].tokens)):
+                    paid = 0.5 * sum(kls[first + token + 1 :])
+                    sums = returns.setdefault((node, token), [])
+                    sums.append(share * (tree.rewards["sum"][leaf] - paid))
+        (sequence,) = pack_tree(tree, tree.values("sum", 0.5)[:, None], 1000, kl_penalty=0.5)
+        labels = sequence["labels"][:, 0]
+        nodes = [
+            0,
+            *dict.fromkeys(i for leaf in sorted(map(tree.path, tree.leaves())) for i in leaf),
+        ]
+        seen = 0
+        for end, segment in enumerate(sequence["segments"]):
+            if segment == 0:
+                continue
+            token = end - np.flatnonzero(sequence["segments"] == segment)[0]
+            assert labels[end] == pytest.approx(sum(returns[nodes[segment], token]), rel=1e-5)
+            seen += 1
+        assert seen == len(returns)
+
+
+def test_unknown_objectives_have_no_label(trees):
+    dataset = TreeDataset(trees, ["other", "sum"], np.zeros(2), np.ones(2), 1000)
+    for sequence in dataset.sequences:
+        assert np.isnan(sequence["labels"][:, 0]).all()
+        assert not np.isnan(sequence["labels"][sequence["depths"] > 0, 1]).any()
+        assert np.isnan(sequence["sibling_labels"][..., 0]).all()
+
+
 @pytest.mark.parametrize("max_length", [40, 1000])
-def test_siblings_are_compared_at_their_first_and_last_tokens(trees, max_length):
-    for tree in trees:
-        for sequence in pack_tree(tree, two_objectives(tree), max_length):
+@pytest.mark.parametrize("kl_penalty", [0.0, 0.5])
+def test_siblings_are_compared_at_their_first_and_last_tokens(guided, max_length, kl_penalty):
+    for tree in guided:
+        values = two_objectives(tree, kl_penalty)
+        for sequence in pack_tree(tree, values, max_length, kl_penalty=kl_penalty):
             segments, parents = sequence["segments"], sequence["parents"]
             for (a, b, last_a, last_b), label in zip(
                 sequence["siblings"], sequence["sibling_labels"]
@@ -89,7 +140,8 @@ def test_siblings_are_compared_at_their_first_and_last_tokens(trees, max_length)
                 assert parents[segments[a]] == parents[segments[b]] and a != b
                 known = sequence["labels"]
                 if not np.isnan(known[[a, b]]).any():
-                    np.testing.assert_allclose(label, known[a] - known[b], rtol=1e-5)
+                    expected = [known[a] - known[b], known[last_a] - known[last_b]]
+                    np.testing.assert_allclose(label, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -129,7 +181,7 @@ def test_collated_siblings_point_into_the_flattened_batch(trees):
     flat = batch["labels"].flatten(0, 1)
     for place in (0, 2):
         a, b = batch["siblings"][:, place], batch["siblings"][:, place + 1]
-        torch.testing.assert_close(flat[a] - flat[b], batch["sibling_labels"])
+        torch.testing.assert_close(flat[a] - flat[b], batch["sibling_labels"][:, 1])
 
 
 def test_only_the_bottom_layer_is_thinned(trees):

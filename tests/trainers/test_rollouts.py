@@ -1,4 +1,3 @@
-import os
 import signal
 import subprocess
 import sys
@@ -11,16 +10,15 @@ import pytest
 
 from trimtab.trainers.rollouts import (
     Node,
-    TransformersSampler,
     Tree,
     TreeConfig,
     collect_rollouts,
-    cut_at_end,
     grow_trees,
     read_rollouts,
 )
+from trimtab.trainers.samplers import Piece
 
-from .conftest import END, make_model
+from .conftest import END
 
 TESTS = Path(__file__).parents[1]  # where subprocesses find this module
 PROMPTS = [f"a {word}" for word in "abcdefg"]
@@ -29,8 +27,9 @@ PROMPTS = [f"a {word}" for word in "abcdefg"]
 class CoinSampler:
     """Tokens 4 and up, each ending with probability `end`; depends on the seeds only."""
 
-    def __init__(self, end=0.1):
+    def __init__(self, end=0.1, guided=False):
         self.end = end
+        self.guided = guided
         self.calls = []
 
     def __call__(self, prefixes, lengths, seeds):
@@ -40,13 +39,15 @@ class CoinSampler:
             rng = np.random.default_rng(seed)
             piece = rng.integers(4, 18, size=length).tolist()
             ends = np.flatnonzero(rng.random(length) < self.end)
-            pieces.append([*piece[: ends[0]], END] if len(ends) else piece)
+            tokens = [*piece[: ends[0]], END] if len(ends) else piece
+            kls = [rng.random() for _ in tokens] if self.guided else []
+            pieces.append(Piece(tokens, [2 * kl for kl in kls], kls))
         return pieces
 
 
-def grow(config, end=0.1, count=20):
+def grow(config, end=0.1, count=20, guided=False):
     prompts = [(i, [2, 4 + i % 10, 3]) for i in range(count)]
-    return grow_trees(CoinSampler(end), prompts, config, {END})
+    return grow_trees(CoinSampler(end, guided), prompts, config, {END})
 
 
 def reward(tokens):
@@ -90,21 +91,29 @@ def test_one_layer_is_plain_sampling():
         assert len(tree.nodes) == 6 and all(node.leaf for node in tree.nodes[1:])
 
 
-def expected_reward(tree, node):
-    """Of walking down from a node at random, child by child, by their weights."""
+def expected_reward(tree, node, kl_penalty=0.0):
+    """Of walking down from a node at random, child by child, by their weights, paying for KL."""
     if tree.nodes[node].leaf:
         return reward(tree.response(node))
     below = [i for i, child in enumerate(tree.nodes) if child.parent == node]
     weights = [tree.nodes[i].weight for i in below]
-    return sum(w * expected_reward(tree, i) for w, i in zip(weights, below)) / sum(weights)
+    returns = [expected_reward(tree, i, kl_penalty) for i in below]
+    paid = [kl_penalty * sum(tree.nodes[i].kls) for i in below]
+    return sum(w * (r - p) for w, r, p in zip(weights, returns, paid)) / sum(weights)
 
 
-def test_node_values_are_those_of_brute_force():
-    for tree in grow(TreeConfig(max_completion_length=16, layers=3), end=0.15):
+@pytest.mark.parametrize(("guided", "kl_penalty"), [(False, 0.0), (False, 0.5), (True, 0.5)])
+def test_node_values_are_those_of_brute_force(guided, kl_penalty):
+    trees = grow(TreeConfig(max_completion_length=16, layers=3), end=0.15, guided=guided)
+    for tree in trees:
         add_rewards(tree)
-        values, shares = tree.values("sum"), tree.shares()
+        values, shares = tree.values("sum", kl_penalty), tree.shares()
         for i in range(len(tree.nodes)):
-            assert values[i] == pytest.approx(expected_reward(tree, i))
+            assert values[i] == pytest.approx(expected_reward(tree, i, kl_penalty))
+        assert values[0] == pytest.approx(tree.values("sum")[0] - kl_penalty * tree.kl())
+        assert (tree.kl() > 0) is guided
+        assert all(len(node.kls) == len(node.tokens) * guided for node in tree.nodes[1:])
+        values = tree.values("sum")
         leaves = tree.leaves()
         assert shares[leaves].sum() == pytest.approx(1)
         assert values[0] == pytest.approx(sum(shares[i] * tree.rewards["sum"][i] for i in leaves))
@@ -144,12 +153,6 @@ def test_each_layer_is_one_call():
     prompts = [(i, [2, 4, 3]) for i in range(3)]
     grow_trees(sampler, prompts, TreeConfig(32, 3, root_children=4, children=2), {END})
     assert sampler.calls == [12, 24, 48]
-
-
-def test_end_token_survives_padding_that_looks_like_it():
-    assert cut_at_end([5, 6, END, END, END], 5, {END}) == [5, 6, END]
-    assert cut_at_end([5, 6, 7, END], 3, {END}) == [5, 6, 7]
-    assert cut_at_end([END, END], 2, {END}) == [END]
 
 
 def collect(folder, tokenizer, sampler, funcs=None, config=None, prompts=PROMPTS, **kwargs):
@@ -194,6 +197,25 @@ def test_rollouts_are_read_back_as_they_were_collected(tmp_path, tokenizer):
     idle = CoinSampler()
     same(collect(tmp_path, tokenizer, idle, {"length": length, "number": number}), trees)
     assert idle.calls == []
+
+
+def test_log_ratios_are_read_back_as_they_were_sampled(tmp_path, tokenizer):
+    trees = collect(tmp_path, tokenizer, CoinSampler(guided=True))
+    for tree, other in zip(read_rollouts(tmp_path), trees):
+        for node, same_node in zip(tree.nodes, other.nodes):
+            assert node.tokens == same_node.tokens
+            assert node.kls == pytest.approx(same_node.kls)  # float32 on disk
+            assert node.log_ratios == pytest.approx(same_node.log_ratios)
+
+
+def test_processes_share_the_batches(tmp_path, tokenizer):
+    alone = collect(tmp_path / "alone", tokenizer, CoinSampler())
+    parts = [
+        collect(tmp_path / "shared", tokenizer, CoinSampler(), process_index=i, num_processes=3)
+        for i in range(3)
+    ]
+    assert [[tree.prompt_index for tree in part] for part in parts] == [[0, 1, 6], [2, 3], [4, 5]]
+    same(read_rollouts(tmp_path / "shared"), alone)
 
 
 def test_failing_reward_keeps_the_rollouts(tmp_path, tokenizer):
@@ -286,92 +308,6 @@ def test_killed_collection_resumes_without_duplicate_or_loss(tmp_path, tokenizer
     assert sum(sampler.calls[::2]) == 4 * (len(PROMPTS) - len(left)), "only the rest is sampled"
     same(resumed, collect(tmp_path / "whole", tokenizer, CoinSampler()))
     same(read_rollouts(tmp_path / "killed"), resumed)
-
-
-def check_continuations(sampler, config):
-    """Pieces end at an end token or at their length, and repeat with their seeds."""
-    rng = np.random.default_rng(0)
-    prefixes = [rng.integers(1, 18, size=n).tolist() for n in (1, 3, 9, 4, 7, 2) * 6]
-    lengths = [4, 1, 12, 30, 30, 30] * 6
-    seeds = list(range(36))
-    pieces = sampler(prefixes, lengths, seeds)
-    for piece, limit in zip(pieces, lengths):
-        assert 1 <= len(piece) <= limit
-        assert END not in piece[:-1] and (len(piece) == limit or piece[-1] == END)
-    assert any(piece[-1] == END for piece in pieces), "the end is kept"
-    assert sampler(prefixes, lengths, seeds) == pieces
-    assert sampler(prefixes, lengths, [seed + 100 for seed in seeds]) != pieces
-
-
-def check_frequencies(sampler, model, top_k):
-    """First tokens follow the model's own distribution over its `top_k` likeliest."""
-    import torch
-    from scipy.stats import chisquare
-
-    prefix = [2, 5, 8, 3]
-    count = 2000
-    pieces = sampler([prefix] * count, [1] * count, list(range(count)))
-    with torch.inference_mode():
-        logits = model(torch.tensor([prefix])).logits[0, -1].float()
-    probabilities = torch.zeros_like(logits)
-    likeliest = logits.topk(top_k or len(logits)).indices
-    probabilities[likeliest] = logits[likeliest].softmax(-1)
-    observed = np.bincount([piece[0] for piece in pieces], minlength=len(logits))
-    possible = probabilities.numpy() > 0
-    assert observed[~possible].sum() == 0
-    expected = probabilities.double().numpy()[possible]
-    assert chisquare(observed[possible], count * expected / expected.sum()).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("top_k", [0, 5])
-def test_transformers_samples_the_base_model(top_k):
-    model = make_model()
-    config = TreeConfig(top_k=top_k)
-    sampler = TransformersSampler(model, config, {END}, batch_size=4)
-    check_continuations(sampler, config)
-    wide = TransformersSampler(model, config, {END}, batch_size=500)
-    check_frequencies(wide, model, top_k)
-
-
-def test_transformers_sampler_leaves_the_random_state_alone():
-    import torch
-
-    sampler = TransformersSampler(make_model(), TreeConfig(), {END})
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    sampler([[4, 5]], [5], [1])
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_vllm_samples_the_base_model(base_model):
-    pytest.importorskip("vllm")
-    script = textwrap.dedent(
-        f"""
-        from trainers.conftest import END, make_model
-        from trainers.test_rollouts import check_continuations, check_frequencies
-        from trimtab.trainers.rollouts import TreeConfig, VLLMSampler, grow_trees
-        config = TreeConfig(max_completion_length=12, layers=3, top_k=5)
-        sampler = VLLMSampler(
-            {base_model!r}, config, {{END}}, max_model_len=64,
-            init_kwargs=dict(
-                enforce_eager=True, dtype="float32", distributed_executor_backend="uni"
-            ),
-        )
-        check_continuations(sampler, config)
-        check_frequencies(sampler, make_model(), 5)
-        prompts = [(i, [2, 4 + i, 3]) for i in range(6)]
-        trees = grow_trees(sampler, prompts, config, {{END}})
-        assert any(tree.response(i)[-1] == END for tree in trees for i in tree.leaves())
-        assert grow_trees(sampler, prompts, config, {{END}}) == trees
-        sampler.close()
-        """
-    )
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-c", script], cwd=TESTS, env=environment, capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
 
 
 def test_response_joins_the_pieces_of_a_path():

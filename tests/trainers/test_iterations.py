@@ -1,0 +1,323 @@
+"""Iterations of MAVIS: what they sample from, what they measure, and how they go on."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
+
+from trimtab.plugins.value_model import MAVISValueModel
+from trimtab.trainers import read_rollouts
+from trimtab.trainers.iterations import PolicyHistory, bootstrap
+from trimtab.trainers.rollouts import Node, Tree
+
+from .test_mavis_trainer import REWARDS, config, goodness, prompts, trainer
+from .test_rollouts import same
+
+TESTS = Path(__file__).parents[1]
+FIELDS = {
+    "num_iterations": 2,
+    "beta": 2.0,
+    "top_k": 10,
+    "layers": 2,
+    "num_train_epochs": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def iterated(base_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("iterated")
+    made = trainer(
+        base_model, folder, data=prompts(60), eval_dataset=prompts(40, 5), num_iterations=3,
+        beta=2.0, top_k=10, layers=2, num_train_epochs=6,
+    )  # fmt: skip
+    made.train()
+    made.save_model()
+    return made, folder
+
+
+def test_policies_improve_on_the_base_model(iterated):
+    made, folder = iterated
+    written = json.loads((folder / "iterations.json").read_text())
+    base, first = written["policies"][:2]
+    assert len(written["policies"]) == 4
+    for name in REWARDS:
+        assert base[name]["kl"]["mean"] == 0 and "improvement" not in base[name]
+        assert first[name]["kl"]["low"] > 0
+        assert first[name]["reward"]["low"] > base[name]["reward"]["high"]
+        assert first[name]["improvement"]["low"] > 0
+    assert (folder / "iterations.png").stat().st_size > 0
+    logged = [log for log in made.state.log_history if "policy/objective/redness" in log]
+    assert logged[-1]["iteration"] == 3
+
+
+def test_a_policy_is_measured_by_its_own_rollouts(iterated):
+    made, folder = iterated
+    config = made.value_config
+    measured = json.loads((folder / "iterations.json").read_text())["policies"][2]
+    for i, name in enumerate(REWARDS):
+        trees = read_rollouts(folder / "rollouts" / "iteration-2" / name / "eval")
+        assert len(trees) == 40 and all(list(tree.rewards) == [name] for tree in trees)
+        rewards, kls = [], []
+        for tree in trees:  # leaf by leaf
+            shares = tree.shares()[tree.leaves()]
+            rewards.append(shares @ tree.rewards[name][tree.leaves()])
+            of_leaf = [sum(sum(tree.nodes[n].kls) for n in tree.path(x)) for x in tree.leaves()]
+            kls.append(shares @ of_leaf)
+        reward = (np.mean(rewards) - config.reward_mean[i]) / config.reward_std[i]
+        assert measured[name]["reward"]["mean"] == pytest.approx(reward, rel=1e-5)
+        assert measured[name]["kl"]["mean"] == pytest.approx(np.mean(kls), rel=1e-5)
+        objective = reward - np.mean(kls) / 2.0
+        assert measured[name]["objective"]["mean"] == pytest.approx(objective, rel=1e-5)
+        # The log-ratios' mean is the KL, up to their noise.
+        ratios = [sum(sum(n.log_ratios) for n in tree.nodes) for tree in trees]
+        exact = [sum(sum(n.kls) for n in tree.nodes) for tree in trees]
+        error = np.std(np.subtract(ratios, exact)) / np.sqrt(len(trees))
+        assert abs(np.mean(ratios) - np.mean(exact)) < 4 * error
+
+
+def test_best_iteration_is_kept(iterated):
+    made, folder = iterated
+    iterations = made.value_config.provenance["iterations"]
+    objectives = [
+        np.mean([policy[name]["objective"]["mean"] for name in REWARDS])
+        for policy in iterations["policies"][1:]
+    ]
+    assert iterations["kept"] == np.argmax(objectives)
+    kept = MAVISValueModel.load(str(folder / f"iteration-{iterations['kept']}" / "value_model"))
+    saved = MAVISValueModel.load(str(folder))
+    torch.testing.assert_close(saved.state_dict(), kept.state_dict())
+    assert saved.config.candidate_range is not None
+    assert "iterations" in (folder / "README.md").read_text()
+
+
+def make_tree(reward, kl):
+    tree = Tree(0, [Node(-1, 0, [1]), Node(0, 1, [2], leaf=True, log_ratios=[kl], kls=[kl])])
+    tree.rewards["r"] = np.array([np.nan, reward])
+    return [tree]
+
+
+def test_worse_iteration_is_warned_of():
+    history = PolicyHistory(beta=2.0)
+    for reward, kl in ((0.0, 0.0), (1.0, 0.5), (1.2, 1.5)):
+        history.add({"r": make_tree(reward, kl)}, [0.0], [1.0])
+        if len(history.policies) == 2:
+            assert history.warnings() == []
+    assert history.best() == 0
+    (message,) = history.warnings()
+    assert "iteration 1 did not improve" in message and "smaller `beta`" in message
+    assert history.policies[2]["r"]["improvement"]["mean"] == pytest.approx(-0.3)
+
+
+def test_monotonic_check_warns_through_the_logger(base_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(PolicyHistory, "warnings", lambda self: ["no better"])
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    transformers_logging.get_logger("trimtab.trainers.mavis_trainer").addHandler(handler)
+    for check in (True, False):
+        trainer(
+            base_model, tmp_path / str(check), eval_dataset=prompts(2), monotonic_check=check,
+            **{**FIELDS, "save_strategy": "no"},
+        ).train()  # fmt: skip
+        assert ("no better" in messages) is check
+        messages.clear()
+
+
+def test_bootstrap_interval_is_that_of_the_mean():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    interval = bootstrap(values)
+    assert interval["mean"] == pytest.approx(values.mean())
+    for end, sign in (("low", -1), ("high", 1)):
+        assert interval[end] == pytest.approx(values.mean() + sign * 1.96 * 0.1, abs=0.02)
+
+
+def script(base_model, folder, extra=""):
+    return textwrap.dedent(
+        f"""
+        import time
+        from trainers.test_iterations import FIELDS, prompts, trainer
+        from trimtab.trainers import rollouts, mavis_trainer
+        {extra}
+        made = trainer({base_model!r}, {str(folder)!r}, eval_dataset=prompts(6, 3),
+                       rollout_batch_size=2, **FIELDS)
+        made.train(resume_from_checkpoint=True)
+        made.save_model()
+        """
+    )
+
+
+SLOW_SAMPLING = """
+grow = rollouts.grow_trees
+rollouts.grow_trees = lambda *args: (time.sleep(0.3), grow(*args))[1]
+"""
+SLOW_TRAINING = """
+step = mavis_trainer.MAVISTrainer.training_step
+mavis_trainer.MAVISTrainer.training_step = lambda *args: (time.sleep(0.3), step(*args))[1]
+"""
+
+
+@pytest.mark.parametrize(
+    ("slow", "reached"),
+    [
+        (SLOW_SAMPLING, "rollouts/iteration-1/goodness/train/trees-00001.parquet"),
+        (SLOW_TRAINING, "iteration-1/checkpoint-2/trainer_state.json"),
+    ],
+    ids=["sampling", "training"],
+)
+def test_killed_run_resumes_in_its_iteration(base_model, tmp_path, slow, reached):
+    def run(folder, extra=""):
+        return subprocess.Popen(
+            [sys.executable, "-c", script(base_model, folder, extra)],
+            cwd=TESTS, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    process = run(tmp_path / "killed", slow.replace("\n", "\n        "))
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed" / reached).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    folders = [p.parent for p in (tmp_path / "killed").glob("rollouts/**/rollouts.json")]
+    left = {folder: read_rollouts(folder) for folder in folders}
+    assert run(tmp_path / "killed").wait() == 0
+    assert run(tmp_path / "whole").wait() == 0
+    finished = sorted(p.parent for p in (tmp_path / "whole").glob("rollouts/**/rollouts.json"))
+    assert len(finished) == 2 + 4 + 2  # base; train and eval, then eval, of two objectives
+    for folder in finished:
+        there = tmp_path / "killed" / folder.relative_to(tmp_path / "whole")
+        resumed = read_rollouts(there)
+        same(resumed, read_rollouts(folder))
+        same(resumed[: len(left.get(there, []))], left.get(there, []))
+        assert [tree.prompt_index for tree in resumed] == list(range(len(resumed)))
+    states = [
+        MAVISValueModel.load(str(tmp_path / name)).state_dict() for name in ("killed", "whole")
+    ]
+    torch.testing.assert_close(*states)
+
+
+def test_merged_adapters_are_taken_up_again(base_model, tmp_path):
+    """The next iteration trains the adapter, and samples with it merged."""
+    fields = {**FIELDS, "peft_config": LoraConfig(r=4), "eval_dataset": prompts(4)}
+    made = trainer(base_model, tmp_path, **fields)
+    made.train()
+    again = trainer(base_model, tmp_path, **fields)
+    again.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(again.model.state_dict(), made.model.state_dict())
+    assert again.state.global_step == 0, "nothing was left to train"
+
+
+def test_objective_added_later_leaves_the_others_as_they_are(base_model, tmp_path):
+    shared = {**FIELDS, "save_strategy": "no", "rollout_dir": str(tmp_path / "rollouts")}
+    trainer(base_model, tmp_path / "a", {"goodness": goodness}, **shared).train()
+    before = {
+        path: (path.read_bytes(), path.stat().st_mtime)
+        for path in [*(tmp_path / "a").rglob("*"), *(tmp_path / "rollouts").rglob("*")]
+        if path.is_file() and path.parent != tmp_path / "rollouts" / "train"
+    }
+    added = trainer(base_model, tmp_path / "b", {"redness": REWARDS["redness"]}, **shared)
+    added.train()
+    assert {path: (path.read_bytes(), path.stat().st_mtime) for path in before} == before
+    # The base model's responses were sampled once, for both.
+    (tree, *_) = read_rollouts(tmp_path / "rollouts" / "train")
+    assert set(tree.rewards) == {"goodness", "redness"}
+
+
+def test_rollouts_of_another_value_model_are_refused(base_model, tmp_path):
+    made = trainer(base_model, tmp_path, **{**FIELDS, "save_strategy": "no"})
+    made.train()
+    other = trainer(
+        base_model, tmp_path / "other", rollout_dir=str(tmp_path / "rollouts"),
+        **{**FIELDS, "save_strategy": "no", "learning_rate": 1e-3},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"value_model was '\w+' and is '\w+'.*`rollout_dir`"):
+        other.train()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_iterations": 0}, "`num_iterations` must be at least 1, got 0"),
+        ({"beta": 0.0}, "`beta` must be positive, got 0.0"),
+        ({"kl_penalty": -1.0}, "`kl_penalty` must not be negative, got -1.0"),
+        ({"num_iterations": 2, "top_k": 0}, "`top_k` must be at least 1 with several iterations"),
+        (
+            {"num_iterations": 2, "top_k": 5, "vllm_server_base_url": "http://localhost:1"},
+            "`vllm_server_base_url` cannot serve num_iterations=2",
+        ),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **fields)
+
+
+def test_kl_penalty_defaults_to_the_price_that_guidance_pays(tmp_path):
+    assert config(tmp_path, beta=4.0).kl_penalty == 0.25
+    assert config(tmp_path, beta=4.0, kl_penalty=0.0).kl_penalty == 0.0
+
+
+def test_what_serves_one_training_is_refused(base_model, tmp_path):
+    made = trainer(base_model, tmp_path, **FIELDS)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be True"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_two_processes_share_the_work(base_model, tmp_path):
+    """Launched as users do, over gloo: the rollouts are those of one process."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path.insert(0, {str(TESTS)!r})
+            from safetensors.torch import save_file
+            from trainers.test_iterations import FIELDS, prompts, trainer
+            made = trainer({base_model!r}, {str(tmp_path / "two")!r}, eval_dataset=prompts(6, 3),
+                           rollout_batch_size=2, per_device_train_batch_size=2, **FIELDS)
+            assert made.accelerator.num_processes == 2
+            made.train()
+            made.save_model()
+            rank = made.accelerator.process_index
+            weights = {{k: v.contiguous() for k, v in made.model.state_dict().items()}}
+            save_file(weights, {str(tmp_path)!r} + f"/rank-{{rank}}.safetensors")
+            """
+        )
+    )
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+         "--main_process_port", "0", str(program)],
+        check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    one = trainer(
+        base_model, tmp_path / "one", eval_dataset=prompts(6, 3), rollout_batch_size=2, **FIELDS
+    )
+    one.collect_rollouts()
+    for name in ("train", "eval"):
+        same(
+            read_rollouts(tmp_path / "two" / "rollouts" / name),
+            read_rollouts(tmp_path / "one" / "rollouts" / name),
+        )
+    for objective in REWARDS:
+        for name, count in (("train", 8), ("eval", 6)):
+            trees = read_rollouts(tmp_path / "two" / "rollouts" / "iteration-1" / objective / name)
+            assert [tree.prompt_index for tree in trees] == list(range(count))
+    ranks = [load_file(tmp_path / f"rank-{i}.safetensors") for i in range(2)]
+    torch.testing.assert_close(*ranks, rtol=0, atol=0)
+    saved = MAVISValueModel.load(str(tmp_path / "two"))
+    torch.testing.assert_close(saved.state_dict(), ranks[0])

