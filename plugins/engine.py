@@ -11,232 +11,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
+from .attention import ATTENTION, BLOCK_SIZE, Step, Store, head_dim, kv_heads
+from .fusion import PackedLinear, fuse, pack
 from .value_model import MAVISValueModel
 
-BLOCK_SIZE = 32
-ATTENTION = "mavis_paged"
 GIB = 1 << 30
 
 # history(slot, start, stop): the token ids at those positions of the slot's prefix.
 History = Callable[[int, int, int], "Sequence[int] | torch.Tensor"]
-Store = list[tuple[torch.Tensor, torch.Tensor]]  # a layer: keys, values [tokens, kv_heads, dim]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What attention needs to know of one forward pass over `queries` tokens of each sequence.
-
-    Of every sequence's `queries` tokens the first `written` belong to the prefix and enter the
-    store; the others are candidates, each of which sees the prefix and itself. If some sequences
-    have fewer tokens than others, the pass runs over the `total` real ones, and only attention
-    over the padded rectangle.
-    """
-
-    written: int
-    write: torch.Tensor  # [batch * written] int64, where the new prefix tokens go in the store
-    read: torch.Tensor  # [batch, length] int64, where the prefixes are in the store
-    positions: torch.Tensor  # [batch, queries] int64
-    lengths: torch.Tensor  # [batch] int64, prefix tokens in the store once `write` is done
-    ragged: bool  # whether some prefix is shorter than `length`
-    fresh: bool = False  # whether these are the first tokens of every sequence
-    # If packed: which cells of the rectangle hold a token [total], and the token in each cell
-    # [batch * queries], both int64.
-    packing: tuple[torch.Tensor, torch.Tensor] | None = None
-    # By window and groups.
-    masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
-    copies: dict[int, Step] = field(default_factory=dict)  # by their number
-
-    def repeated(self, copies: int, store_tokens: int) -> Step:
-        """The same pass for each of several adapters, one behind the other, with own stores."""
-        if copies == 1:
-            return self
-        if copies not in self.copies:
-
-            def behind(index: torch.Tensor, size: int) -> torch.Tensor:
-                offsets = torch.arange(copies, device=index.device) * size
-                return (index + offsets.view(-1, *[1] * index.ndim)).flatten(0, 1)
-
-            packing = self.packing
-            if packing is not None:
-                real, padded = packing
-                packing = behind(real, len(padded)), behind(padded, len(real))
-            self.copies[copies] = Step(
-                written=self.written,
-                write=behind(self.write, store_tokens),
-                read=behind(self.read, store_tokens),
-                positions=self.positions.repeat(copies, 1),
-                lengths=self.lengths.repeat(copies),
-                ragged=self.ragged,
-                fresh=self.fresh,
-                packing=packing,
-            )
-        return self.copies[copies]
-
-    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """The layers' additive mask, made once for each window of attention and number of groups.
-
-        Returns:
-            `[batch, 1, groups * queries or 1, length]`, or None if every key is visible.
-        """
-        if (window, groups) not in self.masks:
-            visible = self._visible(window)
-            if visible is not None and visible.shape[2] > 1:
-                visible = visible.repeat(1, 1, groups, 1)
-            self.masks[window, groups] = (
-                None
-                if visible is None
-                else torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
-            )
-        return self.masks[window, groups]
-
-    def _visible(self, window: int | None) -> torch.Tensor | None:
-        """Whether a query sees a stored key, `[batch, 1, queries or 1, length]`."""
-        keys = torch.arange(self.read.shape[1], device=self.read.device)
-        if self.written == 1 and window is None:
-            if not self.ragged:
-                return None
-            return (keys < self.lengths[:, None])[:, None, None]
-        last = torch.minimum(self.positions + 1, self.lengths[:, None])
-        visible = keys < last[..., None]
-        if window is not None:
-            visible &= keys > self.positions[..., None] - window
-        return visible[:, None]
-
-
-def paged_attention(
-    module: nn.Module,
-    query: torch.Tensor,  # [1, heads, total, dim]
-    key: torch.Tensor,  # [1, kv_heads, total, dim]
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    mavis_step: Step | None = None,
-    mavis_store: Store | None = None,
-    s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention over stored prefixes with `queries` tokens a sequence, as transformers calls it.
-
-    Candidates do not see each other: attention over the prefix gives an output and its
-    log-sum-exp, and the candidate's own key and value are merged in analytically.
-    """
-    if mavis_step is None or mavis_store is None:
-        raise RuntimeError(
-            "this value model belongs to a ValueEngine; load another copy for plain forward passes"
-        )
-    assert s_aux is None  # attention sinks are refused by the engine
-    step = mavis_step
-    batch, queries = step.positions.shape
-    if step.packing is not None:
-        query, key, value = (t.index_select(2, step.packing[1]) for t in (query, key, value))
-    kv_heads, dim = key.shape[1], key.shape[3]
-    groups = query.shape[1] // kv_heads
-    keys, values = mavis_store[module.layer_idx]  # type: ignore[index]
-
-    # Query heads that share a key head become further queries of it: nothing is repeated.
-    q = query.view(kv_heads, groups, batch, queries, dim).permute(2, 0, 1, 3, 4)
-    k_new = key.view(kv_heads, batch, queries, dim).transpose(0, 1)  # [batch, kv_heads, queries, d]
-    v_new = value.view(kv_heads, batch, queries, dim).transpose(0, 1)
-    new = slice(0, step.written)
-    keys.index_copy_(0, step.write, k_new[:, :, new].transpose(1, 2).reshape(-1, kv_heads, dim))
-    values.index_copy_(0, step.write, v_new[:, :, new].transpose(1, 2).reshape(-1, kv_heads, dim))
-
-    if step.fresh and softcap is None and (sliding_window is None or queries <= sliding_window):
-        q = query.view(-1, batch, queries, dim).transpose(0, 1)
-        out = nn.functional.scaled_dot_product_attention(
-            q, k_new, v_new, is_causal=True, scale=scaling, enable_gqa=groups > 1
-        )
-        return out.transpose(1, 2).reshape(1, batch * queries, kv_heads * groups, dim), None
-
-    # Whole rows are copied by `index_select`, element by element by indexing.
-    k, v = (
-        stored.index_select(0, step.read.flatten()).view(batch, -1, kv_heads, dim).transpose(1, 2)
-        for stored in (keys, values)
-    )  # [batch, kv_heads, length, dim]
-    mask = step.mask(sliding_window, groups, q.dtype)
-    folded = q.reshape(batch, kv_heads, groups * queries, dim)
-    out, lse = _attend(folded, k, v, mask, scaling, softcap)
-    out = out.view(batch, kv_heads, groups, queries, dim)
-
-    if queries > step.written:
-        candidates = slice(step.written, queries)
-        score = (q[:, :, :, candidates] * k_new[:, :, None, candidates]).sum(-1).float() * scaling
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
-        prefix = lse.view(batch, kv_heads, groups, queries)[..., candidates]
-        share = torch.sigmoid(score - prefix).to(out.dtype)[..., None]
-        merged = torch.lerp(out[:, :, :, candidates], v_new[:, :, None, candidates], share)
-        out = torch.cat((out[:, :, :, : step.written], merged), dim=3)
-    out = out.permute(0, 3, 1, 2, 4).reshape(1, batch * queries, kv_heads * groups, dim)
-    if step.packing is not None:
-        out = out.index_select(1, step.packing[0])
-    return out, None  # [1, total, heads, dim]
-
-
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention `[batch, kv_heads, queries, dim]` and its float32 log-sum-exp (without `dim`)."""
-    if q.device.type == "cpu" and softcap is None and q.dtype != torch.float16:
-        # The CPU flash kernel is the one public form that also returns the log-sum-exp.
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=mask, scale=scaling
-        )
-    score = torch.matmul(q, k.transpose(2, 3)).float() * scaling
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
-    if mask is not None:
-        score = score + mask.float()
-    lse = torch.logsumexp(score, dim=-1)
-    return torch.matmul((score - lse[..., None]).exp().to(v.dtype), v), lse
-
-
-AttentionInterface.register(ATTENTION, paged_attention)
-
-
-class PackedLinear(nn.Module):
-    """A bfloat16 linear layer of a CPU whose weights lie as oneDNN multiplies them.
-
-    `nn.Linear` brings its weights into that order at every call, which takes as long again as the
-    product itself when a batch has few tokens. The operators are those of PyTorch's own compiler.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.nbytes = linear.weight.nbytes
-        self.bias = linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-def pack(module: nn.Module) -> None:
-    """Replace the module's linear layers by packed ones, where this CPU can run them."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    for name, child in module.named_children():
-        if type(child) is nn.Linear and child.weight.dtype == torch.bfloat16:
-            setattr(module, name, PackedLinear(child))
-        else:
-            pack(child)
 
 
 class ValueEngine:
@@ -284,11 +73,17 @@ class ValueEngine:
         bytes_per_token = 0
         for model in self.models:
             config = _cacheable(model, max_length)
-            nn.Module.to(model.eval(), device=self.device, dtype=dtype)
-            model.backbone.set_attn_implementation(ATTENTION)
-            if self.device.type == "cpu":
-                pack(model.backbone)
+            nn.Module.to(model.eval(), device=self.device)
+            for parameter in model.parameters():  # rotary frequencies, a buffer, stay exact
+                parameter.data = parameter.data.to(dtype)
             bytes_per_token += config.num_hidden_layers * 2 * _kv_width(config) * dtype.itemsize
+
+        for family in self._families:
+            backbone = self.models[family[0]].backbone
+            backbone.set_attn_implementation(ATTENTION)
+            fuse(backbone, adapters=len(family))
+            if self.device.type == "cpu":
+                pack(backbone)
 
         blocks_each = -(-max_length // BLOCK_SIZE)
         num_blocks = num_slots * blocks_each
@@ -302,24 +97,20 @@ class ValueEngine:
                 f"(kv_cache_memory_gib) cannot hold one sequence of {max_length} tokens; it needs "
                 f"at least {needed / GIB:.3g} GiB"
             )
-        tokens = (num_blocks + 1) * BLOCK_SIZE
-        self.kv_cache_bytes = tokens * bytes_per_token
+        self.kv_cache_bytes = (num_blocks + 1) * BLOCK_SIZE * bytes_per_token
         weights = {id(p): p.nbytes for model in self.models for p in model.parameters()}
         for model in self.models:
             packed = (m for m in model.modules() if isinstance(m, PackedLinear))
             weights |= {id(m): m.nbytes for m in packed}
         self.weight_bytes = sum(weights.values())
-        self._store_tokens = tokens
         self._stores: list[Store] = []  # of each family, its adapters' one behind the other
         for family in self._families:
             config = self.models[family[0]].config.text_config
-            shape = (len(family) * tokens, _kv_heads(config), _head_dim(config))
+            blocks = len(family) * (num_blocks + 1)
+            shape = (2, blocks, kv_heads(config), BLOCK_SIZE, head_dim(config))
             self._stores.append(
                 [
-                    (
-                        torch.zeros(shape, dtype=dtype, device=self.device),
-                        torch.zeros(shape, dtype=dtype, device=self.device),
-                    )
+                    torch.zeros(shape, dtype=dtype, device=self.device)
                     for _ in range(config.num_hidden_layers)
                 ]
             )
@@ -339,11 +130,8 @@ class ValueEngine:
         self._content: dict[int, tuple[int, bytes]] = {}  # of a block: its key in `_shared`
         self._prefixes = 0  # numbers given so far; 0 is the empty prefix
 
-        # A slot's blocks, in order, and the number of them. On the device for `_step`.
+        # A slot's blocks, in order, and the number of them.
         self._table = np.zeros((num_slots, blocks_each), dtype=np.int64)
-        self._device_table = torch.from_numpy(self._table)  # on a CPU, the same memory
-        if self.device.type != "cpu":
-            self._device_table = self._device_table.to(self.device)
         self._held = np.zeros(num_slots, dtype=np.int64)
         self._cached = np.zeros(num_slots, dtype=np.int64)  # prefix tokens whose keys are stored
         self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
@@ -528,10 +316,6 @@ class ValueEngine:
                 if block in self._content:
                     del self._shared[self._content.pop(block)]
                 self._hold(slots[i], block)
-        if short.size and self.device.type != "cpu":
-            self._device_table[self._to_device(slots[short])] = self._to_device(
-                self._table[slots[short]]
-            )
 
     def _prefill(self, prefixes: dict[int, np.ndarray]) -> None:
         """Store the next tokens of the slots, in passes of at most `prefill_tokens` tokens."""
@@ -551,7 +335,7 @@ class ValueEngine:
             offsets = np.arange(width)
             positions = np.where(offsets < n[:, None], first[:, None] + offsets, -1)
             step = self._step(rows, first + n, positions, width)
-            step = replace(step, fresh=not first.any())
+            step = replace(step, fresh=not first.any(), stores_only=True)
             for family in range(len(self._families)):
                 self._forward(family, self._to_device(tokens.reshape(-1)), step)
             self._cached[rows] = first + n
@@ -578,27 +362,23 @@ class ValueEngine:
         self, slots: np.ndarray, lengths: np.ndarray, positions: np.ndarray, written: int
     ) -> Step:
         """A pass over tokens at `positions` `[batch, queries]`, -1 where there is none."""
-        longest = int(lengths.max(initial=1))
+        table = self._table[slots]
         new = np.maximum(positions[:, :written], 0)
-        write = np.take_along_axis(self._table[slots], new // BLOCK_SIZE, axis=1) * BLOCK_SIZE
+        write = np.take_along_axis(table, new // BLOCK_SIZE, axis=1) * BLOCK_SIZE
         write = np.where(positions[:, :written] < 0, 0, write + new % BLOCK_SIZE)
-        on_device = self._to_device(lengths)
-        steps = torch.arange(longest, device=self.device).expand(len(slots), -1)
-        steps = torch.minimum(steps, on_device[:, None] - 1)  # what is not the slot's is not read
-        blocks = self._device_table[self._to_device(slots)].gather(1, steps // BLOCK_SIZE)
+        longest = -(-int(lengths.max(initial=1)) // BLOCK_SIZE)
         return Step(
             written=written,
             write=self._to_device(write.reshape(-1)),
-            read=blocks * BLOCK_SIZE + steps % BLOCK_SIZE,
+            read=self._to_device(table[:, :longest]),
             positions=self._to_device(np.maximum(positions, 0)),
-            lengths=on_device,
-            ragged=bool((lengths < longest).any()),
+            lengths=self._to_device(lengths),
         )
 
     def _forward(self, family: int, tokens: torch.Tensor, step: Step) -> Sequence[torch.Tensor]:
         """Last hidden states `[total, hidden]` of `tokens` `[total]`, of each model of a family."""
         adapters = len(self._families[family])
-        step = step.repeated(adapters, self._store_tokens)
+        step = step.repeated(adapters, self._num_blocks + 1)
         positions = step.positions.flatten()
         if step.packing is not None:
             positions = positions[step.packing[0]]
@@ -618,16 +398,8 @@ class ValueEngine:
         return tensor.to(self.device, non_blocking=True)
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
 def _kv_width(config: Any) -> int:
-    return _kv_heads(config) * _head_dim(config)
+    return kv_heads(config) * head_dim(config)
 
 
 def _cacheable(model: MAVISValueModel, max_length: int) -> Any:

@@ -336,3 +336,11 @@ def test_counts_bound_what_is_computed(head_type):
     sequences = {0: [5], 1: [6], 2: [7]}
     engine_values(engine, sequences, [0, 1, 2], [[1, 2, 3]] * 3, np.array([1, 3, 2]))
     assert seen == [3 if head_type == "action" else 3 + 6]
+
+
+def test_positions_stay_exact_in_half_precision():
+    model = make_model()
+    frequencies = model.backbone.rotary_emb.inv_freq.clone()
+    engine = ValueEngine([model], num_slots=1, max_length=8, dtype=torch.bfloat16)
+    found = engine.models[0].backbone.rotary_emb.inv_freq
+    assert found.dtype == torch.float32 and torch.equal(found, frequencies)
