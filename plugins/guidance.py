@@ -13,6 +13,7 @@ import math
 import torch
 
 BISECTIONS = 24  # the strength is then known to 1e-7 of the requested beta
+STRIDES = 64  # groups of tokens whose maxima are looked at first
 
 
 def top_candidates(
@@ -29,11 +30,27 @@ def top_candidates(
         `candidates` `[batch, max_k]` int64, likeliest first, and `log_probs` `[batch, max_k]`
         float32, normalised over the row's candidates, `-inf` beyond its `top_k`.
     """
-    top, candidates = torch.topk(logits, min(max_k, logits.shape[-1]), dim=-1)
+    top, candidates = _top(logits, min(max_k, logits.shape[-1]))
     if top_k is not None:
         ranks = torch.arange(top.shape[-1], device=top.device)
         top = top.masked_fill(ranks >= top_k[:, None], -torch.inf)
     return candidates, torch.log_softmax(top, dim=-1)
+
+
+def _top(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.topk` of each row; on a CPU two to three times as fast for a large vocabulary.
+
+    The `k` largest are among the columns of `STRIDES` tokens with the `k` largest maxima.
+    """
+    rows, vocab = logits.shape
+    columns = vocab // STRIDES
+    if logits.device.type != "cpu" or vocab % STRIDES or columns < 4 * k:
+        return torch.topk(logits, k, dim=-1)
+    groups = logits.view(rows, STRIDES, columns)
+    best = torch.topk(groups.amax(1), k, sorted=False).indices  # [rows, k]
+    among = groups.gather(2, best[:, None].expand(-1, STRIDES, -1)).flatten(1)
+    top, at = torch.topk(among, k)
+    return top, torch.div(at, k, rounding_mode="floor") * columns + best.gather(1, at % k)
 
 
 def count_likely(log_probs: torch.Tensor, reach: torch.Tensor, eps: float) -> torch.Tensor:

@@ -31,6 +31,19 @@ def steps(draw):
     return log_probs, torch.tensor([scores])
 
 
+@given(st.integers(0, 999), st.sampled_from([1, 5, 40]), st.sampled_from([0.0, 0.5, 0.999]))
+@settings(deadline=None)
+def test_candidates_are_the_likeliest_tokens_of_a_large_vocabulary(seed, k, masked):
+    rng = np.random.default_rng(seed)
+    logits = np.round(rng.normal(size=(3, 64 * 200)), 2).astype(np.float32)  # with ties
+    logits[rng.random(logits.shape) < masked] = -np.inf
+    candidates, log_probs = top_candidates(torch.from_numpy(logits), k)
+    chosen = np.take_along_axis(logits, candidates.numpy(), 1)
+    np.testing.assert_array_equal(chosen, -np.sort(-logits, axis=1)[:, :k])
+    assert all(len(set(row)) == k for row in candidates.tolist())
+    np.testing.assert_allclose(np.exp(log_probs).sum(1), 1, rtol=1e-5)
+
+
 @given(steps(), st.floats(0, 10))
 def test_tilt_is_the_formula(step, beta):
     log_probs, scores = step
