@@ -153,7 +153,7 @@ def simplex_weights(num_objectives: int, steps: int) -> np.ndarray:
             Number of parts that the weight of 1 is dealt out in.
 
     Returns:
-        `np.ndarray`: `[n, num_objectives]` float64, with `n = C(steps + num_objectives - 1, steps)`.
+        `np.ndarray`: `[n, num_objectives]` float64, from all on the first to all on the last.
     """
     if num_objectives < 1 or steps < 1:
         raise ValueError(
@@ -236,11 +236,11 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
             Length of the n-grams.
 
     Returns:
-        `float`: Above 0, at most 1; NaN if no text has `n` words.
+        `float`: At most 1; 0 if no text has `n` words.
     """
     words = [re.findall(r"\w+", text.lower()) for text in texts]
     grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
+    return len(set(grams)) / max(1, len(grams))
 
 
 def prompt_draws(num_prompts: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
@@ -522,7 +522,7 @@ def evaluate(
             "weights": point.weights,
             "seeds": len(point.responses),
             "gain": {o: interval(np.median(gain[..., i], 0)) for i, o in enumerate(objectives)},
-            "kl": _mean(point.kl(), order),
+            "kl": None if point.kl_kind == "unknown" else _mean(point.kl(), order),
             "kl_kind": point.kl_kind,
             "log_ratio": None if ratios[0][0] is None else _mean(np.array(ratios, float), order),
             "distinct_1": float(np.median([distinct_n(row, 1) for row in texts])),
@@ -566,7 +566,7 @@ def _plane(
     baseline: str,
     against: str | None,
 ) -> dict[str, Any]:
-    """Hypervolumes in the space of some objectives, of each method and strength, and at equal KL."""
+    """Hypervolumes in the space of some objectives, of every method, and at equal KL."""
     columns = [objectives.index(o) for o in plane]
     reference = np.full(len(plane), -REFERENCE_SD)
     inside = [
@@ -648,7 +648,7 @@ def _plane(
 def _agreement(
     points: Sequence[Point], base: Point, objectives: list[str], order: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Gain by the training reward and by the judge, of the points with all weight on one of them."""
+    """Gain by the training reward and by the judge, of the points with all weight on one."""
     found = []
     for point in points:
         named = [o for o, weight in point.weights.items() if weight]

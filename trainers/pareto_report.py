@@ -1,4 +1,4 @@
-"""What [`evaluate`] found, as JSON, a Markdown table, a PNG and an HTML page that needs no network."""
+"""What [`evaluate`] found: JSON, Markdown tables, a PNG, and an HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ def _weights(weights: Mapping[str, float]) -> str:
 
 
 def _kl(entry: Mapping[str, Any]) -> str:
-    value = entry["kl"]["value"]
-    if entry["kl_kind"] == "unknown":
+    if entry["kl"] is None:
         return "?"
-    return f"{'≤ ' if entry['kl_kind'] == 'bound' else ''}{value:.1f}"
+    return f"{'≤ ' if entry['kl_kind'] == 'bound' else ''}{entry['kl']['value']:.1f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -67,14 +66,15 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     """
     objectives = result["objectives"]
     lines = [
-        f"{result['prompts']} prompts; gains in standard deviations of the unguided reward; medians "
-        "over the seeds, 95 % bootstrap intervals over the prompts.",
+        f"{result['prompts']} prompts; gains in standard deviations of the unguided reward; "
+        "medians over the seeds, 95 % bootstrap intervals over the prompts.",
         "",
     ]
     for plane in result["planes"]:
         lines += [f"## Hypervolume: {', '.join(plane['objectives'])}", ""]
         lines += [
-            f"Above one standard deviation below the unguided mean; unguided {plane['unguided']:.2f}.",
+            "The reference lies one standard deviation below the unguided mean, which is worth "
+            f"{plane['unguided']:g}.",
             "",
         ]
         ahead = {tuple(row["of"]): row for row in plane.get("ahead", [])}
@@ -119,8 +119,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         )
     lines += ["## Points", ""]
     lines += _table(
-        ["method", "strength", "weights", *objectives, "KL", "log-ratio", "distinct-1", "distinct-2",
-         "length", "cost, tokens", "tokens/s"],
+        ["method", "strength", "weights", *objectives, "KL", "log-ratio", "distinct-1",
+         "distinct-2", "length", "cost, tokens", "tokens/s"],
         [
             [
                 p["method"],
@@ -218,11 +218,12 @@ PAGE = """<!doctype html>
 <style>
 body {{ font: 14px system-ui, sans-serif; margin: 2em; max-width: 70em }}
 svg {{ border: 1px solid #ccc; display: block; margin: 1em 0 }}
-table {{ border-collapse: collapse; font-size: 12px }} td, th {{ border: 1px solid #ccc; padding: 3px 6px }}
+table {{ border-collapse: collapse; font-size: 12px }}
+td, th {{ border: 1px solid #ccc; padding: 3px 6px }}
 label span {{ padding: 0 .5em 0 .2em }}
 </style>
 <h1>Gains over the unguided model</h1>
-<p>In standard deviations of its reward. Choose the axes and the methods; point at a dot for its figures.</p>
+<p>In standard deviations of its reward. Choose axes and methods; a dot tells its figures.</p>
 <p>x <select id="x"></select> y <select id="y"></select></p>
 <p id="methods"></p>
 <svg id="plot" width="760" height="520"></svg>
@@ -232,7 +233,7 @@ const data = {data};
 const axes = [...data.objectives, "KL to the base model"];
 const methods = [...new Set(data.points.map(p => p.method))];
 const colour = m => `hsl(${{360 * methods.indexOf(m) / methods.length}} 70% 42%)`;
-const value = (p, a) => a in p.gain ? p.gain[a].value : p.kl.value;
+const value = (p, a) => a in p.gain ? p.gain[a].value : p.kl?.value;
 const svg = document.getElementById("plot"), ns = svg.namespaceURI;
 const add = (name, attributes, text) => {{
   const e = document.createElementNS(ns, name);
@@ -258,8 +259,8 @@ methods.forEach(m => {{
 }});
 function draw() {{
   svg.replaceChildren();
-  const points = data.points.filter(p => shown.has(p.method) && Number.isFinite(value(p, select.x.value))
-    && Number.isFinite(value(p, select.y.value)));
+  const known = p => ["x", "y"].every(id => Number.isFinite(value(p, select[id].value)));
+  const points = data.points.filter(p => shown.has(p.method) && known(p));
   const scale = (a, low, high) => {{
     const v = points.map(p => value(p, a)), l = Math.min(0, ...v) - .1, h = Math.max(0, ...v) + .1;
     return [z => low + (z - l) / (h - l) * (high - low), l, h];
@@ -276,8 +277,8 @@ function draw() {{
   add("text", {{x: 12, y: 250, "font-size": 12, "text-anchor": "middle",
     transform: "rotate(-90 12 250)"}}, select.y.value);
   for (const p of points) {{
-    const dot = add("circle", {{cx: x(value(p, select.x.value)), cy: y(value(p, select.y.value)), r: 5,
-      fill: colour(p.method), "fill-opacity": .75}});
+    const [cx, cy] = [x(value(p, select.x.value)), y(value(p, select.y.value))];
+    const dot = add("circle", {{cx, cy, r: 5, fill: colour(p.method), "fill-opacity": .75}});
     const title = document.createElementNS(ns, "title");
     title.textContent = p.label;
     dot.append(title);
@@ -303,7 +304,7 @@ def to_html(result: Mapping[str, Any]) -> str:
         {
             "method": p["method"],
             "gain": p["gain"],
-            "kl": {"value": p["kl"]["value"] if p["kl_kind"] != "unknown" else None},
+            "kl": p["kl"],
             "label": f"{p['method']}, {p['strength']:g}: {_weights(p['weights'])}\n"
             + "\n".join(f"{o} {_interval(p['gain'][o])}" for o in result["objectives"])
             + f"\nKL {_kl(p)} nats, distinct-2 {p['distinct_2']:.2f}, {p['length']:.0f} tokens",
