@@ -138,7 +138,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             the server does not start.
     """
 
-    guide_class = Guide
+    guide_class: type[Guide] = Guide
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ class PolicyHistory:
 
     def add(
         self,
-        trees: dict[str, Sequence[Tree]],
-        mean: Sequence[float],
-        std: Sequence[float],
+        trees: Mapping[str, Sequence[Tree]],
+        mean: Sequence[float] | np.ndarray,
+        std: Sequence[float] | np.ndarray,
     ) -> None:
         """
         Adds a policy.

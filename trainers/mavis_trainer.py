@@ -334,9 +334,9 @@ class MAVISTrainer(ValueModelTrainer):
             return self._sampler
         args = self.args
         value_models = [] if self._iteration == 0 else [str(self._value_model(self._iteration - 1))]
-        arguments: Any = (self.base_model, self.tree_config, self.eos_token_ids)
+        config, ends = self.tree_config, self.eos_token_ids
         if args.vllm_server_base_url:
-            self._sampler = ServerSampler(args.vllm_server_base_url, *arguments[1:])
+            self._sampler = ServerSampler(args.vllm_server_base_url, config, ends)
         elif args.use_vllm:
             if self.accelerator.num_processes > 1:
                 raise ValueError(
@@ -346,7 +346,9 @@ class MAVISTrainer(ValueModelTrainer):
                 )
             longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
             self._sampler = VLLMSampler(
-                *arguments,
+                self.base_model,
+                config,
+                ends,
                 max_model_len=longest + args.max_completion_length,
                 value_models=value_models,
                 beta=args.beta,
@@ -356,7 +358,9 @@ class MAVISTrainer(ValueModelTrainer):
             )
         else:
             self._sampler = TransformersSampler(
-                *arguments,
+                self.base_model,
+                config,
+                ends,
                 value_models=value_models,
                 beta=args.beta,
                 batch_size=args.generation_batch_size,

@@ -86,10 +86,10 @@ def pack_tree(
         length += grown
 
     token_values = []  # of each node, [n_tokens, n_objectives]
-    for node, value in zip(tree.nodes, values):
-        ahead = np.zeros(len(node.tokens))  # KL of the steps after each token
-        if node.kls:
-            ahead[:-1] = np.cumsum(node.kls[:0:-1])[::-1]
+    for piece, value in zip(tree.nodes, values):
+        ahead = np.zeros(len(piece.tokens))  # KL of the steps after each token
+        if piece.kls:
+            ahead[:-1] = np.cumsum(piece.kls[:0:-1])[::-1]
         token_values.append(value - kl_penalty * ahead[:, None])
 
     labelled: set[int] = set()
