@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -27,13 +28,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.plugins import GuidanceParams, MAVISValueModel, ValueEngine
 from trimtab.plugins.guide import Guide
-from trimtab.trainers.pareto import Policy, Response, evaluate, simplex_weights, sweep
-from trimtab.trainers.pareto_report import write_report
+from trimtab.trainers import (
+    PairwiseJudge,
+    Policy,
+    Response,
+    evaluate,
+    judge_points,
+    simplex_weights,
+    sweep,
+    write_report,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
-import _judges  # noqa: E402
-from _decoding import Member, Sample, add_adapters, sample  # noqa: E402
-from _policies import POLICIES, ROOT, Budget, read_prompts, rewards, train_all  # noqa: E402
+import _judges
+from _decoding import Member, Sample, add_adapters, sample
+from _policies import POLICIES, ROOT, Budget, read_prompts, rewards, train_all
 
 OBJECTIVES = ("positivity", "relevance", "readability", "rarity")
 CONFLICT = ("readability", "rarity")
@@ -51,6 +60,13 @@ INSTRUCTIONS = {
     "relevance": "keep strictly to the subject of the request",
     "readability": "use short sentences and short, simple words",
     "rarity": "use rare and sophisticated words",
+}
+
+CRITERIA = {
+    "positivity": "is more positive in its mood",
+    "relevance": "keeps better to the subject of the prompt",
+    "readability": "is easier to read",
+    "rarity": "uses rarer words",
 }
 
 
@@ -309,6 +325,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Budget.steps, help="of GRPO")
     parser.add_argument("--kl-budgets", nargs="+", type=float, default=list(KL_BUDGETS))
     parser.add_argument("--methods", nargs="+", help="sample these only, and write no report")
+    parser.add_argument("--judge-url", help="OpenAI-compatible endpoint of a language-model judge")
+    parser.add_argument("--judge-model", default="judge")
     parser.add_argument("--report", type=Path, default=ROOT / "docs/pareto")
     args = parser.parse_args()
     args.policies = args.artifacts / "policies"
@@ -350,6 +368,14 @@ def main() -> None:
         "kl_of_best_of_n": "log N - (N - 1) / N, an upper bound",
     }
     result["training"] = training
+    if args.judge_url:
+        judge = PairwiseJudge(
+            args.judge_url,
+            args.judge_model,
+            args.artifacts / "judgements.jsonl",
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        )
+        result["language_model_judge"] = judge_points(judge, CRITERIA, points, prompts)
     for file in write_report(result, args.report):
         print(file)
 

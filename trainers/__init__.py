@@ -10,6 +10,20 @@ if TYPE_CHECKING:
     from .distillation_trainer import MAVISDistillationTrainer
     from .mavis_config import MAVISConfig
     from .mavis_trainer import MAVISTrainer
+    from .pareto import (
+        PairwiseJudge,
+        Point,
+        Policy,
+        Response,
+        distinct_n,
+        evaluate,
+        hypervolume,
+        judge_points,
+        pareto_front,
+        simplex_weights,
+        sweep,
+    )
+    from .pareto_report import write_report
     from .rollouts import Tree, read_rollouts
 
 _MODULES = {
@@ -17,8 +31,20 @@ _MODULES = {
     "MAVISDistillationConfig": "distillation_config",
     "MAVISDistillationTrainer": "distillation_trainer",
     "MAVISTrainer": "mavis_trainer",
+    "PairwiseJudge": "pareto",
+    "Point": "pareto",
+    "Policy": "pareto",
+    "Response": "pareto",
     "Tree": "rollouts",
+    "distinct_n": "pareto",
+    "evaluate": "pareto",
+    "hypervolume": "pareto",
+    "judge_points": "pareto",
+    "pareto_front": "pareto",
     "read_rollouts": "rollouts",
+    "simplex_weights": "pareto",
+    "sweep": "pareto",
+    "write_report": "pareto_report",
 }
 _EXTRAS = {"accelerate", "datasets", "peft", "pyarrow", "torch", "tqdm", "transformers", "trl"}
 
@@ -27,8 +53,20 @@ __all__ = [
     "MAVISDistillationConfig",
     "MAVISDistillationTrainer",
     "MAVISTrainer",
+    "PairwiseJudge",
+    "Point",
+    "Policy",
+    "Response",
     "Tree",
+    "distinct_n",
+    "evaluate",
+    "hypervolume",
+    "judge_points",
+    "pareto_front",
     "read_rollouts",
+    "simplex_weights",
+    "sweep",
+    "write_report",
 ]
 
 

@@ -673,6 +673,61 @@ def _agreement(
     return found
 
 
+def judge_points(
+    judge: PairwiseJudge,
+    criteria: Mapping[str, str],
+    points: Sequence[Point],
+    prompts: Sequence[Any],
+    baseline: str = "unguided",
+    draws: int = 2000,
+) -> list[dict[str, Any]]:
+    """
+    Win rates over the baseline, of the points with all weight on one objective.
+
+    Args:
+        judge ([`PairwiseJudge`]):
+            Language model that compares.
+        criteria (`dict[str, str]`):
+            What to ask for each objective, for example `{"positivity": "is more positive"}`.
+        points (`list[Point]`):
+            Of [`sweep`], the baseline's among them.
+        prompts (`list`):
+            Of the sweep.
+        baseline (`str`, *optional*, defaults to `"unguided"`):
+            Method to compare with.
+        draws (`int`, *optional*, defaults to `2000`):
+            Bootstrap samples of the prompts.
+
+    Returns:
+        `list[dict[str, Any]]`: `method`, `strength`, `objective`, and the win rate, ties half, with
+        its interval.
+    """
+    base = next((point for point in points if point.method == baseline), None)
+    if base is None:
+        raise ValueError(f"`baseline` is the method of no point: {baseline!r}")
+    order = prompt_draws(len(prompts), draws)
+    rows = []
+    for point in points:
+        named = [o for o, weight in point.weights.items() if weight]
+        if len(named) != 1 or named[0] not in criteria:
+            continue
+        wins = [
+            judge.compare(
+                criteria[named[0]], prompts, [r.text for r in ours], [r.text for r in plain]
+            )
+            for ours, plain in zip(point.responses, base.responses)
+        ]
+        rows.append(
+            {
+                "method": point.method,
+                "strength": point.strength,
+                "objective": named[0],
+                **_mean(np.array(wins), order),
+            }
+        )
+    return rows
+
+
 class PairwiseJudge:
     """
     A language model that says which of two responses meets a criterion better.

@@ -15,7 +15,8 @@ def write_report(result: Mapping[str, Any], path: str | Path) -> list[Path]:
 
     Args:
         result (`dict[str, Any]`):
-            Of [`evaluate`]; keys of the caller's own are kept in the JSON.
+            Of [`evaluate`]. `"language_model_judge"`, if there, is that of [`judge_points`]; other
+            keys of the caller's own are kept in the JSON.
         path (`str` or `Path`):
             Where to write, without an ending.
 
@@ -117,6 +118,15 @@ def to_markdown(result: Mapping[str, Any]) -> str:
                 for row in result["judges"]
             ],
         )
+    if result.get("language_model_judge"):
+        lines += ["## Win rate by a language model, both orders, ties half", ""]
+        lines += _table(
+            ["method", "strength", "objective", "win rate over unguided"],
+            [
+                [row["method"], f"{row['strength']:g}", row["objective"], _interval(row, sign="")]
+                for row in result["language_model_judge"]
+            ],
+        )
     lines += ["## Points", ""]
     lines += _table(
         ["method", "strength", "weights", *objectives, "KL", "log-ratio", "distinct-1",
@@ -151,7 +161,12 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         path (`Path`):
             PNG file to write.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the plot of a front needs matplotlib; pip install matplotlib", name="matplotlib"
+        ) from error
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
