@@ -534,7 +534,9 @@ def model_card(config: MAVISValueConfig) -> str:
     base = config.base_model or "BASE_MODEL"
     backbone = config.text_config
     served = json.dumps({"mavis": {"value_models": ["THIS_MODEL"]}})
-    made = json.dumps(config.provenance or {}, indent=2)
+    provenance = config.provenance or {}
+    made = json.dumps(provenance, indent=2)
+    measured = _policies_table(provenance["iterations"]) if "iterations" in provenance else ""
     return f"""---
 library_name: transformers
 tags: [mavis, value-model]
@@ -549,7 +551,7 @@ Predicts the reward that a partial response of `{base}` will end with, for value
 | objective | mean reward under the base model | standard deviation |
 | --- | --- | --- |
 {rows}
-
+{measured}
 ## Use
 
     vllm serve {base} --logits-processors trimtab.plugins.vllm:MAVISLogitsProcessor \\
@@ -561,6 +563,28 @@ Predicts the reward that a partial response of `{base}` will end with, for value
 {made}
 ```
 """
+
+
+def _policies_table(iterations: dict[str, Any]) -> str:
+    """What the policies of every iteration reached on held-out prompts, in Markdown."""
+    beta = iterations["beta"]
+    lines = [
+        "",
+        f"Policies that it guides with all weight on one objective, `beta` {beta:g}, on held-out "
+        "prompts; rewards in standard deviations of the base model's, 95 % intervals:",
+        "",
+        f"| objective | iteration | reward | KL, nats | reward - KL / {beta:g} |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in iterations["policies"][0]:
+        for i, policy in enumerate(iterations["policies"][1:]):
+            cells = [
+                "{value:.2f} [{low:.2f}, {high:.2f}]".format(**policy[name][measure])
+                for measure in ("reward", "kl", "objective")
+            ]
+            kept = " (kept)" if i == iterations["kept"] else ""
+            lines.append(f"| {name} | {i}{kept} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 AutoConfig.register(MAVISValueConfig.model_type, MAVISValueConfig)

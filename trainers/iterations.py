@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .pareto import interval, prompt_draws
 from .rollouts import Tree
-
-DRAWS = 4000  # of the bootstrap
 
 
 def weights_fingerprint(folder: str | Path) -> str:
@@ -26,24 +26,6 @@ def weights_fingerprint(folder: str | Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """
-    Mean of a value per prompt, with the 95 % interval of a bootstrap over the prompts.
-
-    Args:
-        values (`np.ndarray`):
-            `[n_prompts]`.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
-
-    Returns:
-        `dict[str, float]`: `mean`, `low` and `high`.
-    """
-    rows = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
-    low, high = np.percentile(values[rows].mean(1), [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 class PolicyHistory:
@@ -78,20 +60,17 @@ class PolicyHistory:
             std (`list[float]`):
                 Of every objective's reward.
         """
+        draws = prompt_draws(len(next(iter(trees.values()))))
         policy: dict[str, Any] = {}
         regularised = {}
         for (name, of_objective), m, s in zip(trees.items(), mean, std):
             reward = np.array([(tree.values(name)[0] - m) / s for tree in of_objective])
             kl = np.array([tree.kl() for tree in of_objective])
             regularised[name] = reward - kl / self.beta
-            policy[name] = {
-                "reward": bootstrap(reward),
-                "kl": bootstrap(kl),
-                "objective": bootstrap(regularised[name]),
-            }
+            measured = {"reward": reward, "kl": kl, "objective": regularised[name]}
             if self._objectives:
-                gained = regularised[name] - self._objectives[-1][name]
-                policy[name]["improvement"] = bootstrap(gained)
+                measured["improvement"] = regularised[name] - self._objectives[-1][name]
+            policy[name] = {k: interval(x[draws].mean(1)) for k, x in measured.items()}
         self.policies.append(policy)
         self._objectives.append(regularised)
 
@@ -99,7 +78,7 @@ class PolicyHistory:
         """The iteration whose policies have the highest mean objective."""
         return int(
             np.argmax(
-                [np.mean([o["objective"]["mean"] for o in p.values()]) for p in self.policies[1:]]
+                [np.mean([o["objective"]["value"] for o in p.values()]) for p in self.policies[1:]]
             )
         )
 
@@ -108,47 +87,61 @@ class PolicyHistory:
         messages = []
         for name, measured in self.policies[-1].items():
             gained = measured["improvement"]
-            if gained["mean"] > 0:
+            if gained["value"] > 0:
                 continue
             messages.append(
                 f"iteration {len(self.policies) - 2} did not improve the regularised objective of "
                 f"{name!r} (reward - KL / beta, beta={self.beta:g}): it changed by "
-                f"{gained['mean']:.3g} [{gained['low']:.3g}, {gained['high']:.3g}], at a KL of "
-                f"{measured['kl']['mean']:.3g} nats. More prompts or larger trees (`layers`) make "
+                f"{gained['value']:.3g} [{gained['low']:.3g}, {gained['high']:.3g}], at a KL of "
+                f"{measured['kl']['value']:.3g} nats. More prompts or larger trees (`layers`) make "
                 "values less noisy; a smaller `beta` keeps the policy nearer to the responses "
                 "that the values were learnt from"
             )
         return messages
 
     def to_json(self) -> dict[str, Any]:
-        """All measures, means with their 95 % intervals over the prompts."""
+        """All measures, each with its 95 % bootstrap interval over the prompts."""
         return {"beta": self.beta, "policies": self.policies}
 
     def write(self, folder: Path) -> None:
         """Writes `iterations.json`, and `iterations.png` if matplotlib is installed."""
         (folder / "iterations.json").write_text(json.dumps(self.to_json(), indent=2) + "\n")
-        try:
-            import matplotlib
-        except ModuleNotFoundError:
-            return
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        if find_spec("matplotlib"):
+            plot_policies(self.policies, self.beta, folder / "iterations.png")
 
-        figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-        labels = ["base", *(str(n) for n in range(len(self.policies) - 1))]
-        titles = {
-            "objective": f"reward - KL / {self.beta:g}",
-            "reward": "reward (standard deviations of the base model's)",
-            "kl": "KL to the base model (nats a response)",
-        }
-        for axis, (measure, title) in zip(axes, titles.items()):
-            for name in self.policies[0]:
-                points = [policy[name][measure] for policy in self.policies]
-                means = np.array([p["mean"] for p in points])
-                errors = np.abs(np.array([[p["low"], p["high"]] for p in points]).T - means)
-                axis.errorbar(labels, means, errors, marker="o", capsize=3, label=name)
-            axis.set_xlabel("iteration")
-            axis.set_title(title, fontsize=10)
-        axes[0].legend(fontsize=8)
-        figure.savefig(folder / "iterations.png", dpi=110)
-        plt.close(figure)
+
+def plot_policies(policies: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
+    """
+    Plots the regularised objective, the reward and the KL of every iteration's policies.
+
+    Args:
+        policies (`list[dict]`):
+            Of a [`PolicyHistory`].
+        beta (`float`):
+            Of the regularised objective.
+        path (`Path`):
+            PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    labels = ["base", *map(str, range(len(policies) - 1))]
+    titles = {
+        "objective": f"reward - KL / {beta:g}",
+        "reward": "reward (standard deviations of the base model's)",
+        "kl": "KL to the base model (nats a response)",
+    }
+    for axis, (measure, title) in zip(axes, titles.items()):
+        for name in policies[0]:
+            points = [policy[name][measure] for policy in policies]
+            values = np.array([p["value"] for p in points])
+            ends = np.array([[p["low"], p["high"]] for p in points]).T
+            axis.errorbar(labels, values, np.abs(ends - values), marker="o", capsize=3, label=name)
+        axis.set_xlabel("iteration")
+        axis.set_title(title, fontsize=10)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

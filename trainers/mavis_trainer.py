@@ -467,7 +467,7 @@ class MAVISTrainer(ValueModelTrainer):
             measured = self._history.policies[-1]
             self.log(
                 {
-                    f"policy/{measure}/{name}": measured[name][measure]["mean"]
+                    f"policy/{measure}/{name}": measured[name][measure]["value"]
                     for name in self.objectives
                     for measure in ("reward", "kl", "objective", "improvement")
                 }

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import read_rollouts
-from trimtab.trainers.iterations import PolicyHistory, bootstrap
+from trimtab.trainers.iterations import PolicyHistory
 from trimtab.trainers.rollouts import Node, Tree
 
 from .test_mavis_trainer import REWARDS, config, goodness, prompts, trainer
@@ -55,7 +55,7 @@ def test_policies_improve_on_the_base_model(iterated):
     base, first = written["policies"][:2]
     assert len(written["policies"]) == 4
     for name in REWARDS:
-        assert base[name]["kl"]["mean"] == 0 and "improvement" not in base[name]
+        assert base[name]["kl"]["value"] == 0 and "improvement" not in base[name]
         assert first[name]["kl"]["low"] > 0
         assert first[name]["reward"]["low"] > base[name]["reward"]["high"]
         assert first[name]["improvement"]["low"] > 0
@@ -78,10 +78,10 @@ def test_a_policy_is_measured_by_its_own_rollouts(iterated):
             of_leaf = [sum(sum(tree.nodes[n].kls) for n in tree.path(x)) for x in tree.leaves()]
             kls.append(shares @ of_leaf)
         reward = (np.mean(rewards) - config.reward_mean[i]) / config.reward_std[i]
-        assert measured[name]["reward"]["mean"] == pytest.approx(reward, rel=1e-5)
-        assert measured[name]["kl"]["mean"] == pytest.approx(np.mean(kls), rel=1e-5)
+        assert measured[name]["reward"]["value"] == pytest.approx(reward, rel=1e-5)
+        assert measured[name]["kl"]["value"] == pytest.approx(np.mean(kls), rel=1e-5)
         objective = reward - np.mean(kls) / 2.0
-        assert measured[name]["objective"]["mean"] == pytest.approx(objective, rel=1e-5)
+        assert measured[name]["objective"]["value"] == pytest.approx(objective, rel=1e-5)
         # The log-ratios' mean is the KL, up to their noise.
         ratios = [sum(sum(n.log_ratios) for n in tree.nodes) for tree in trees]
         exact = [sum(sum(n.kls) for n in tree.nodes) for tree in trees]
@@ -93,7 +93,7 @@ def test_best_iteration_is_kept(iterated):
     made, folder = iterated
     iterations = made.value_config.provenance["iterations"]
     objectives = [
-        np.mean([policy[name]["objective"]["mean"] for name in REWARDS])
+        np.mean([policy[name]["objective"]["value"] for name in REWARDS])
         for policy in iterations["policies"][1:]
     ]
     assert iterations["kept"] == np.argmax(objectives)
@@ -119,7 +119,7 @@ def test_worse_iteration_is_warned_of():
     assert history.best() == 0
     (message,) = history.warnings()
     assert "iteration 1 did not improve" in message and "smaller `beta`" in message
-    assert history.policies[2]["r"]["improvement"]["mean"] == pytest.approx(-0.3)
+    assert history.policies[2]["r"]["improvement"]["value"] == pytest.approx(-0.3)
 
 
 def test_monotonic_check_warns_through_the_logger(base_model, tmp_path, monkeypatch):
@@ -135,14 +135,6 @@ def test_monotonic_check_warns_through_the_logger(base_model, tmp_path, monkeypa
         ).train()  # fmt: skip
         assert ("no better" in messages) is check
         messages.clear()
-
-
-def test_bootstrap_interval_is_that_of_the_mean():
-    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    interval = bootstrap(values)
-    assert interval["mean"] == pytest.approx(values.mean())
-    for end, sign in (("low", -1), ("high", 1)):
-        assert interval[end] == pytest.approx(values.mean() + sign * 1.96 * 0.1, abs=0.02)
 
 
 def script(base_model, folder, extra=""):

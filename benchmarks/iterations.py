@@ -1,0 +1,158 @@
+"""What iterations of MAVIS gain on SmolLM2: reward, KL and `reward - KL / beta` on unseen prompts.
+
+    python benchmarks/iterations.py            # about 40 minutes on one core, resumable
+
+Each seed trains a four-layer value model of four objectives from nothing: trees of the base model,
+then trees of each objective's own policy, sampled by vLLM. Writes docs/iterations.json, its plot
+and table: medians over the seeds, each policy with the bootstrap interval of its median seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.trainers.iterations import plot_policies
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
+MEASURES = ("reward", "kl", "objective", "improvement")
+
+
+def train(seed: int, args: argparse.Namespace) -> None:
+    """One seed, in this process."""
+    sys.path.insert(0, str(EXAMPLES))
+    import rewards
+    from datasets import Dataset
+    from smollm2 import smollm2
+
+    from trimtab.trainers import MAVISConfig, MAVISTrainer
+
+    rows = [json.loads(line) for line in (EXAMPLES / "prompts.jsonl").read_text().splitlines()]
+    rng = np.random.default_rng(seed)
+
+    def prompts(split: str, count: int) -> Dataset:
+        chosen = [row["prompt"] for row in rows if row["split"] == split]
+        return Dataset.from_dict(
+            {"prompt": [chosen[i] for i in rng.permutation(len(chosen))[:count]]}
+        )
+
+    out = args.artifacts / "iterations" / f"seed-{seed}"
+    started = time.monotonic()
+    trainer = MAVISTrainer(
+        model=str(smollm2(args.artifacts / "smollm2")),
+        args=MAVISConfig(
+            str(out),
+            num_iterations=args.num_iterations,
+            beta=args.beta,
+            max_completion_length=args.tokens,
+            layers=2,
+            top_k=args.top_k,
+            rollout_batch_size=16,
+            use_vllm=True,
+            vllm_init_kwargs={"enforce_eager": True, "distributed_executor_backend": "uni"},
+            learning_rate=4e-4,
+            num_train_epochs=3,
+            warmup_steps=0.05,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        ),
+        reward_funcs={
+            name: getattr(rewards, name)
+            for name in ("positivity", "relevance", "readability", "rarity")
+        },
+        train_dataset=prompts("train", args.train_prompts),
+        eval_dataset=prompts("test", args.test_prompts),
+    )
+    trainer.train(resume_from_checkpoint=True)
+    measured = json.loads((out / "iterations.json").read_text())
+    minutes = (time.monotonic() - started) / 60
+    (out / "result.json").write_text(json.dumps({**measured, "minutes": minutes}))
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By policy and objective, the measures of the seed with the median value."""
+    policies = []
+    for i, policy in enumerate(results[0]["policies"]):
+        summary: dict[str, Any] = {}
+        for name, measured in policy.items():
+            summary[name] = {}
+            for measure in (m for m in MEASURES if m in measured):
+                seeds = sorted(
+                    (r["policies"][i][name][measure] for r in results), key=lambda x: x["value"]
+                )
+                summary[name][measure] = seeds[len(seeds) // 2]
+        policies.append(summary)
+    return policies
+
+
+def table(policies: list[dict[str, Any]], beta: float) -> str:
+    """Markdown: a row for every objective and policy."""
+
+    def cell(x: dict[str, float]) -> str:
+        return f"{x['value']:+.2f} [{x['low']:+.2f}, {x['high']:+.2f}]"
+
+    lines = [
+        f"| objective | policy | reward | KL, nats | reward - KL / {beta:g} | change |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in policies[0]:
+        for i, policy in enumerate(policies):
+            m = policy[name]
+            label = f"iteration {i - 1}" if i else "base model"
+            change = cell(m["improvement"]) if "improvement" in m else ""
+            lines.append(
+                f"| {name} | {label} | {cell(m['reward'])} | {m['kl']['value']:.2f} "
+                f"| {cell(m['objective'])} | {change} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
+    parser.add_argument("--out", type=Path, default=Path("docs/iterations.json"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num_iterations", type=int, default=3)
+    parser.add_argument("--beta", type=float, default=2.0)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--top_k", type=int, default=20)
+    parser.add_argument("--train_prompts", type=int, default=64)
+    parser.add_argument("--test_prompts", type=int, default=32)
+    parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.train_seed is not None:
+        train(args.train_seed, args)
+        return
+    results = []
+    for seed in args.seeds:
+        result = args.artifacts / "iterations" / f"seed-{seed}" / "result.json"
+        if not result.exists():
+            # A process of its own: vLLM and the random state begin anew.
+            command = [sys.executable, __file__, *sys.argv[1:], "--train-seed", str(seed)]
+            subprocess.run(command, check=True)
+        results.append(json.loads(result.read_text()))
+    policies = summarise(results)
+    parameters = {
+        k: v for k, v in vars(args).items() if k not in ("artifacts", "out", "train_seed")
+    }
+    args.out.write_text(
+        json.dumps({"parameters": parameters, "policies": policies, "seeds": results}, indent=2)
+        + "\n"
+    )
+    text = table(policies, args.beta)
+    args.out.with_suffix(".md").write_text(text)
+    plot_policies(policies, args.beta, args.out.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
