@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import ModelOutput
 
 from .engine import GIB, ValueEngine
 from .guidance import top_candidates
@@ -26,8 +27,8 @@ from .value_model import MAVISValueConfig, MAVISValueModel, load_config
 Sampler = Callable[[list[list[int]], int], list[list[list[int]]]]
 
 
-@dataclass
-class SearchOutput(ModelOutput):
+@dataclass(frozen=True)
+class SearchOutput:
     """The responses to every prompt, best first.
 
     Attributes:
@@ -39,9 +40,9 @@ class SearchOutput(ModelOutput):
         log_probs: `[batch, n]` float32, of the response under the base model (beam search only).
     """
 
-    sequences: list[list[list[int]]] | None = None
-    scores: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    sequences: list[list[list[int]]]
+    scores: torch.Tensor
+    values: torch.Tensor
     log_probs: torch.Tensor | None = None
 
 
@@ -102,10 +103,8 @@ def best_of_n(
     """
     _at_least_one("n", n)
     prompts = _prompts(input_ids, attention_mask)
-    models: list[MAVISValueModel] = []
     if reward_funcs is None:
-        models, dtype, device = _open(value_models, dtype, generator)
-        configs = [model.config for model in models]
+        make_engine, configs = _open(value_models, dtype, generator)
     else:
         configs = [load_config(m) if isinstance(m, str) else m.config for m in value_models]
     objectives = [name for config in configs for name in config.objectives or ()]
@@ -128,7 +127,7 @@ def best_of_n(
     flat = [response for of_prompt in responses for response in of_prompt]
     if reward_funcs is None:
         texts = [prompts[i // n] + response for i, response in enumerate(flat)]
-        values = _final_values(models, texts, device, dtype)
+        values = _final_values(make_engine, texts)
     else:
         values = _rewards(reward_funcs, configs, tokenizer, columns or {}, prompts, flat, n)
     values = values.view(len(prompts), n, len(objectives))
@@ -158,11 +157,14 @@ def beam_search(
 ) -> SearchOutput:
     """Search for the response of the highest `log pi_ref(y) + beta * sum_i w_i V_i(y)`.
 
-    This is the mode of the policy that guidance samples from if the values are exact: its
-    normalisers telescope. Every step values the `top_k` continuations of all beams in one pass and
-    keeps, for each prompt, the `num_beams` best of them and of the beams that have ended; a beam
-    that has ended keeps its final value. The score of a prefix is comparable with that of a
-    finished response without a length normalisation, which would search for something else.
+    If the values are exact this is the mode of the policy that guidance samples from. A step values
+    the `top_k` continuations of every beam in one pass. Of a prompt's, the `num_beams` best that go
+    on are the next beams; those among the `num_beams` best that end are kept with their final
+    value. A prompt is done when `num_beams` are kept and no beam is better.
+
+    Beams compete with beams of their own length, and one that has ended takes no other's place:
+    short responses, which are likelier, do not crowd out the others, and the ranking needs no
+    length normalisation.
 
     Args:
         model: A transformers causal decoder, or a `vllm.LLM`. That one needs `max_logprobs` of at
@@ -190,57 +192,42 @@ def beam_search(
     _at_least_one("num_beams", num_beams)
     _at_least_one("max_new_tokens", max_new_tokens)
     prompts = _prompts(input_ids, attention_mask)
-    models, dtype, device = _open(value_models, dtype, model)
-    configs = [value_model.config for value_model in models]
+    make_engine, configs = _open(value_models, dtype, model)
     objectives = [name for config in configs for name in config.objectives or ()]
     params = GuidanceParams(
         weights=parse_weights(weights, objectives),
         beta=beta,
         top_k=max(config.top_k for config in configs) if top_k is None else top_k,
     )
-    eos = _eos_token_ids(model) if eos_token_id is None else _as_list(eos_token_id)
-    engine = ValueEngine(
-        models,
-        num_slots=len(prompts) * num_beams,
-        max_length=max(map(len, prompts)) + max_new_tokens,
-        device=device,
-        dtype=dtype,
-        kv_cache_memory=GIB,
+    eos_ids = _eos_token_ids(model) if eos_token_id is None else _as_list(eos_token_id)
+    eos = torch.tensor(eos_ids, dtype=torch.int64)
+    engine = make_engine(
+        num_slots=len(prompts) * num_beams, max_length=max(map(len, prompts)) + max_new_tokens
     )
     propose = (_VLLMProposer if _is_vllm(model) else _TransformersProposer)(model, params.top_k)
     slots = _Slots(engine, prompts, num_beams)
     weight = beta * torch.tensor(params.weights)
-    live = [_Beam(i, [], 0.0, row=i) for i in range(len(prompts))]
+    live = [_Beam(i, [], row=i) for i in range(len(prompts))]
     ended: list[list[_Beam]] = [[] for _ in prompts]  # the best `num_beams` of each, best first
     for length in range(1, max_new_tokens + 1):
         texts = [prompts[beam.prompt] + beam.response for beam in live]
         candidates, steps = propose(texts, [beam.row for beam in live])
         values = slots.values(live, texts, candidates).cpu()
+        log_probs = torch.tensor([beam.log_prob for beam in live])[:, None] + steps.cpu()
         candidates = candidates.cpu()
-        totals = torch.tensor([beam.log_prob for beam in live])[:, None] + steps.cpu()
-        scores = totals + values @ weight  # [beams, k]
-        ends = torch.isin(candidates, torch.tensor(eos)) | (length == max_new_tokens)
-        grown: list[_Beam] = []
-        first = 0
-        for prompt, beams in groupby(live, key=lambda beam: beam.prompt):
-            rows = slice(first, first + len(list(beams)))
+        ends = torch.isin(candidates, eos) | (length == max_new_tokens)
+        step = _Step(live, candidates, log_probs, values, log_probs + values @ weight, ends)
+        live, first = [], 0
+        for prompt, group in groupby(step.parents, key=attrgetter("prompt")):
+            rows = slice(first, first + len(list(group)))
             first = rows.stop
-            found: list[list[_Beam]] = []
-            for chosen in (ends[rows], ~ends[rows]):
-                flat = scores[rows].masked_fill(~chosen, -torch.inf).flatten()
-                top, index = flat.topk(min(num_beams, len(flat)))
-                found.append([])
-                for score, i in zip(top.tolist(), index.tolist()):
-                    if score == -math.inf:
-                        break
-                    row, c = rows.start + i // scores.shape[1], i % scores.shape[1]
-                    response = [*live[row].response, int(candidates[row, c])]
-                    log_prob = float(totals[row, c])
-                    found[-1].append(_Beam(prompt, response, log_prob, row, score, values[row, c]))
-            done = ended[prompt] = sorted((*ended[prompt], *found[0]), key=_score)[:num_beams]
-            best = sorted((*done, *found[1]), key=_score)[:num_beams]
-            grown += [beam for beam in best if beam in found[1]]
-        live = grown
+            found = [beam for beam in step.best(rows, num_beams) if beam.ended]
+            found += ended[prompt]
+            ended[prompt] = sorted(found, key=attrgetter("score"), reverse=True)[:num_beams]
+            going_on = step.best(rows, num_beams, going_on=True)
+            full = len(ended[prompt]) == num_beams
+            if going_on and not (full and going_on[0].score <= ended[prompt][-1].score):
+                live += going_on
         if not live:
             break
 
@@ -251,27 +238,60 @@ def beam_search(
         sequences=[[beam.response for beam in beams] for beams in ended],
         scores=table([[beam.score for beam in beams] for beams in ended], -math.inf),
         values=table(
-            [[beam.values.tolist() for beam in beams] for beams in ended],
+            [[beam.values for beam in beams] for beams in ended],
             [math.nan] * len(objectives),
         ),
         log_probs=table([[beam.log_prob for beam in beams] for beams in ended], -math.inf),
     )
 
 
-@dataclass(eq=False)
+@dataclass
 class _Beam:
-    """A response in the making: `row` is its parent's among the beams of the step before."""
+    """A response in the making; `row` is its parent's among the beams of the step before."""
 
     prompt: int
     response: list[int]
-    log_prob: float
     row: int
+    log_prob: float = 0.0
     score: float = 0.0
-    values: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [objectives]
+    values: list[float] = field(default_factory=list)  # [objectives]
+    ended: bool = False
 
 
-def _score(beam: _Beam) -> float:
-    return -beam.score
+@dataclass(frozen=True)
+class _Step:
+    """All continuations of the beams by a token, `[beams, k]` each."""
+
+    parents: list[_Beam]
+    candidates: torch.Tensor
+    log_probs: torch.Tensor
+    values: torch.Tensor  # [beams, k, objectives]
+    scores: torch.Tensor
+    ends: torch.Tensor
+
+    def best(self, rows: slice, count: int, going_on: bool = False) -> list[_Beam]:
+        """The `count` best continuations of some parents, best first; with `going_on`, of those
+        that do not end."""
+        scores = self.scores[rows]
+        if going_on:
+            scores = scores.masked_fill(self.ends[rows], -math.inf)
+        top, index = scores.flatten().topk(min(count, scores.numel()))
+        beams = []
+        for i in index[top > -math.inf].tolist():
+            at = rows.start + i // scores.shape[1], i % scores.shape[1]
+            parent = self.parents[at[0]]
+            beams.append(
+                _Beam(
+                    parent.prompt,
+                    [*parent.response, int(self.candidates[at])],
+                    at[0],
+                    float(self.log_probs[at]),
+                    float(self.scores[at]),
+                    self.values[at].tolist(),
+                    bool(self.ends[at]),
+                )
+            )
+        return beams
 
 
 class _Slots:
@@ -436,20 +456,11 @@ def _cut(response: list[int], eos: list[int]) -> list[int]:
     return response[: next(ends, None)]
 
 
-def _final_values(
-    models: list[MAVISValueModel], texts: list[list[int]], device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
+def _final_values(make_engine: Callable[..., ValueEngine], texts: list[list[int]]) -> torch.Tensor:
     """Values `[len(texts), objectives]` float32 of finished texts."""
     lengths = np.array([len(text) - 1 for text in texts])
-    engine = ValueEngine(
-        models,
-        num_slots=len(texts),
-        max_length=int(lengths.max()),
-        device=device,
-        dtype=dtype,
-        kv_cache_memory=GIB,
-    )
-    last = torch.tensor([text[-2:] for text in texts], device=device)
+    engine = make_engine(num_slots=len(texts), max_length=int(lengths.max()))
+    last = torch.tensor([text[-2:] for text in texts], device=engine.device)
     values = engine.values(
         np.arange(len(texts)),
         lengths,
@@ -534,8 +545,8 @@ def _left_padded(texts: list[list[int]], device: torch.device) -> tuple[torch.Te
 
 def _open(
     value_models: Sequence[MAVISValueModel | str], dtype: torch.dtype | None, generator: Any
-) -> tuple[list[MAVISValueModel], torch.dtype, torch.device]:
-    """The value models, and how to compute them beside the generator."""
+) -> tuple[Callable[..., ValueEngine], list[MAVISValueConfig]]:
+    """What makes an engine of the value models beside the generator, and their configurations."""
     if hasattr(generator, "device"):
         device = torch.device(generator.device)
     else:
@@ -555,7 +566,8 @@ def _open(
                 f"{model.config.vocab_size} tokens, the base model has {vocab_size}: "
                 "train value models on this base model"
             )
-    return models, dtype, device
+    make_engine = partial(ValueEngine, models, device=device, dtype=dtype, kv_cache_memory=GIB)
+    return make_engine, [model.config for model in models]
 
 
 def _is_vllm(generator: Any) -> bool:
