@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wordfreq
 
-from benchmarks import _published
-from tests.conftest import make_value_model
+from benchmarks import _published, search
+from tests.conftest import make_tokenizer, make_value_model
 from tests.reference import Reference
 from trimtab.plugins import MAVISValueModel, ValueEngine
 
@@ -84,3 +88,39 @@ def test_the_published_values_equal_the_engines(form, base_model, tmp_path):
         mask = torch.nn.functional.pad(mask, (0, 1), value=True)
         for text, token in zip(texts, new[:, 0].tolist()):
             text.append(token)
+
+
+def test_best_of_n_is_the_mean_over_all_draws():
+    rng = np.random.default_rng(0)
+    values, rewards = rng.normal(size=(2, 3, 6))
+    for n in (1, 2, 4, 6):
+        draws = [list(draw) for draw in itertools.combinations(range(6), n)]
+        expected = [
+            np.mean([r[draw][v[draw].argmax()] for draw in draws]) for v, r in zip(values, rewards)
+        ]
+        assert search.best_of(values, rewards, n) == pytest.approx(expected)
+
+
+def test_search_is_measured_once_and_read_again(tmp_path, base_model):
+    words = [w for w in wordfreq.top_n_list("en", 200) if w.isalpha()][:93]
+    base = shutil.copytree(base_model, tmp_path / "base")
+    make_tokenizer(words).save_pretrained(base)
+    values = make_value_model(tmp_path / "values", base_model, ["readability", "rarity"])
+    command = [
+        sys.executable, ROOT / "benchmarks/search.py", "--base", base, "--value-model", values,
+        "--prompts", "3", "--plain-samples", "8", "--max-tokens", "12", "--top-k", "20",
+        "--dtype", "float32", "--artifacts", tmp_path / "artifacts", "--out", tmp_path / "docs",
+    ]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert first.returncode == 0, first.stderr[-4000:]
+    answers = (tmp_path / "artifacts/responses.jsonl").read_text()
+    result = json.loads((tmp_path / "docs/search.json").read_text())["objectives"]
+    assert (tmp_path / "docs/search.png").exists() and "4 beams" in first.stdout
+    for entry in result.values():
+        by_reward = [point["by_reward"]["mean"] for point in entry["best_of_n"]]
+        assert by_reward[0] == pytest.approx(0, abs=1e-9) and by_reward == sorted(by_reward)
+        assert entry["reward"]["gain"]["mean"] == pytest.approx(by_reward[3])
+        assert entry["guided reward"]["gain"]["mean"] >= entry["guided"]["gain"]["mean"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert again.stdout == first.stdout
+    assert (tmp_path / "artifacts/responses.jsonl").read_text() == answers
