@@ -208,12 +208,9 @@ def measure(models: Models, jobs: list[dict[str, Any]]) -> dict[str, Any]:
         low, high = np.percentile(x[draws].mean(1), [2.5, 97.5])
         return {"mean": float(x.mean()), "low": float(low), "high": float(high)}
 
-    def compute(tokens: float, candidates: float, judged: float) -> dict[str, float]:
-        """Of a response: tokens that the models read of it, prompts included."""
-        reads = prompt_tokens if candidates or judged else 0.0
-        value = reads + candidates + (judged and judged + prompt_tokens * bool(candidates))
-        base = prompt_tokens + tokens
-        return {"base": base, "value": value, "total": base + models.value_share * value}
+    def compute(base: float, value: float = 0.0) -> dict[str, float]:  # tokens read
+        total = prompt_tokens + base + models.value_share * value
+        return {"base": prompt_tokens + base, "value": value, "total": total}
 
     result: dict[str, Any] = {}
     for o in models.objectives:
@@ -224,32 +221,33 @@ def measure(models: Models, jobs: list[dict[str, Any]]) -> dict[str, Any]:
             return (pool(arm, o, itemgetter(o)) - mean) / std
 
         def tokens(arm: str, o: str = o) -> float:
-            return float(pool(arm, o, lambda r: r["tokens"]).mean())
+            return float(pool(arm, o, itemgetter("tokens")).mean())
 
         plain, guided, beams = map(standard, ("plain", "guided", "beams"))
         plain_values, guided_values = (
             pool(arm, o, lambda r, o=o: r["values"][o]) for arm in ("plain", "guided")
         )
         base = plain.mean(1)
-        kl = float(pool("guided", o, lambda r: r["kl"]).mean())
+        kl = float(pool("guided", o, itemgetter("kl")).mean())
         of_n = math.log(N) - (N - 1) / N  # the most that choosing among N adds
         t, g = tokens("plain"), tokens("guided")
-        fed = float(pool("beams", o, lambda r: r["fed"]).mean())
+        fed = float(pool("beams", o, itemgetter("fed")).mean())
         width = args.top_k + 1
+        read = prompt_tokens  # by the value model
         found = {
-            "guided": (guided.mean(1), kl, g, compute(g, width * g, 0)),
-            "value": (best_of(plain_values, plain, N), of_n, t, compute(N * t, 0, N * t)),
-            "reward": (best_of(plain, plain, N), of_n, t, compute(N * t, 0, 0)),
+            "guided": (guided.mean(1), kl, g, compute(g, read + width * g)),
+            "value": (best_of(plain_values, plain, N), of_n, t, compute(N * t, read + N * t)),
+            "reward": (best_of(plain, plain, N), of_n, t, compute(N * t)),
             "guided value": (
                 best_of(guided_values, guided, N), kl + of_n, g,
-                compute(N * g, N * width * g, N * g),
+                compute(N * g, read + N * width * g + read + N * g),
             ),
             "guided reward": (
-                best_of(guided, guided, N), kl + of_n, g, compute(N * g, N * width * g, 0),
+                best_of(guided, guided, N), kl + of_n, g, compute(N * g, read + N * width * g),
             ),
             "beams": (
-                beams[:, 0], float(pool("beams", o, lambda r: r["kl"]).mean()), tokens("beams"),
-                compute(fed, width * fed, 0),
+                beams[:, 0], float(pool("beams", o, itemgetter("kl")).mean()), tokens("beams"),
+                compute(fed, read + width * fed),
             ),
         }  # fmt: skip
         # Unguided best-of-n by reward, whose compute any arm can be matched to.
@@ -263,8 +261,8 @@ def measure(models: Models, jobs: list[dict[str, Any]]) -> dict[str, Any]:
                     "n": int(n),
                     "by_reward": interval(curve[n - 1] - base),
                     "by_value": interval(by_value[n - 1] - base),
-                    "compute_by_reward": compute(n * t, 0, 0)["total"],
-                    "compute_by_value": compute(n * t, 0, n * t)["total"],
+                    "compute_by_reward": compute(n * t)["total"],
+                    "compute_by_value": compute(n * t, read + n * t)["total"],
                 }
                 for n in counts
             ],
@@ -286,22 +284,41 @@ def measure(models: Models, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def markdown(result: dict[str, Any], samples: int) -> str:
+def markdown(result: dict[str, Any], parameters: dict[str, Any]) -> str:
     """The table of gains, and that of differences at equal compute."""
+    p, samples = parameters, parameters["plain_samples"]
+    about = f"""# What search adds to token-level guidance
+
+    python benchmarks/search.py
+
+{p["prompts"]} held-out prompts, responses of at most {p["max_tokens"]} tokens, weight 1 on the objective of the column;
+guidance and beams at `beta` {p["beta"]:g} and `top_k` {p["top_k"]}; unguided responses are sampled from the same
+{p["top_k"]} candidates, {samples} to a prompt. Gains are in standard deviations of the unguided responses' reward,
+with 95 % bootstrap intervals over prompts.
+
+*Compute* of a response is in tokens of the base model, prompt included; a token of the value model
+counts {p["value_share"]:.3f}, its share of the parameters that a token is multiplied with. A response of `T` tokens
+costs `T`, guided `T + {p["value_share"]:.3f} (top_k + 1) T`, its final value {p["value_share"]:.3f} of all tokens read again; `N`
+responses `N` times that; the steps of beams are those of guided responses. Rewards are free.
+
+*KL* to the base model in nats, in brackets: exact at every step and summed for guidance, at most
+`log N - (N - 1) / N` more for the choice among `N`; of beams, whose policy is deterministic,
+`-log pi_ref` of the response.
+"""  # noqa: E501
 
     def shown(x: dict[str, float]) -> str:
         return f"{x['mean']:+.2f} [{x['low']:+.2f}, {x['high']:+.2f}]"
 
     objectives = list(result)
     head = "| " + " | ".join(("", "compute", *objectives)) + " |\n" + "| --- " * (2 + len(result))
-    lines = ["Gain, and KL to the base model in nats in brackets.", "", head + "|"]
+    lines = [about, "## Gain (KL)", "", head + "|"]
     for name, label in LABELS.items():
         entries = [result[o][name] for o in objectives]
         cost = np.mean([e["compute"]["total"] for e in entries])
         cells = [f"{shown(e['gain'])} ({e['kl']:.0f})" for e in entries]
         lines.append(f"| {label} | {cost:.0f} | " + " | ".join(cells) + " |")
     head = head.replace("compute", "N")
-    lines += ["", "Over unguided best-of-N by reward at equal compute.", "", head + "|"]
+    lines += ["", "## Over the unguided best of N by reward, at equal compute", "", head + "|"]
     for name, label in LABELS.items():
         entries = [result[o][name] for o in objectives]
         n = float(np.mean([e["best_of_n_at_equal_compute"] for e in entries]))
@@ -357,6 +374,8 @@ def main() -> None:
     add("--artifacts", type=Path, default=Path("artifacts/search"))
     add("--out", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
+    if args.plain_samples % N or args.plain_samples < N:
+        parser.error(f"--plain-samples must be a multiple of {N}, got {args.plain_samples}")
     models = Models(args)
     jobs = collect(args, models)
     result = measure(models, jobs)
@@ -367,7 +386,7 @@ def main() -> None:
         "seconds": {" ".join(map(str, job["job"])): job["seconds"] for job in jobs},
     }  # fmt: skip
     text = json.dumps({"parameters": parameters, "objectives": result}, indent=2)
-    table = markdown(result, args.plain_samples)
+    table = markdown(result, parameters)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "search.json").write_text(text + "\n")
     (args.out / "search.md").write_text(table)
