@@ -152,6 +152,21 @@ def script(base_model, folder, extra=""):
     )
 
 
+def run(base_model, folder, extra=""):
+    return subprocess.Popen(
+        [sys.executable, "-c", script(base_model, folder, extra)],
+        cwd=TESTS, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(base_model, tmp_path_factory):
+    """Folder of a run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(base_model, folder).wait() == 0
+    return folder
+
+
 SLOW_SAMPLING = """
 grow = rollouts.grow_trees
 rollouts.grow_trees = lambda *args: (time.sleep(0.3), grow(*args))[1]
@@ -170,14 +185,8 @@ mavis_trainer.MAVISTrainer.training_step = lambda *args: (time.sleep(0.3), step(
     ],
     ids=["sampling", "training"],
 )
-def test_killed_run_resumes_in_its_iteration(base_model, tmp_path, slow, reached):
-    def run(folder, extra=""):
-        return subprocess.Popen(
-            [sys.executable, "-c", script(base_model, folder, extra)],
-            cwd=TESTS, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    process = run(tmp_path / "killed", slow.replace("\n", "\n        "))
+def test_killed_run_resumes_in_its_iteration(base_model, whole, tmp_path, slow, reached):
+    process = run(base_model, tmp_path / "killed", slow.replace("\n", "\n        "))
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / reached).exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -186,18 +195,17 @@ def test_killed_run_resumes_in_its_iteration(base_model, tmp_path, slow, reached
     process.wait()
     folders = [p.parent for p in (tmp_path / "killed").glob("rollouts/**/rollouts.json")]
     left = {folder: read_rollouts(folder) for folder in folders}
-    assert run(tmp_path / "killed").wait() == 0
-    assert run(tmp_path / "whole").wait() == 0
-    finished = sorted(p.parent for p in (tmp_path / "whole").glob("rollouts/**/rollouts.json"))
+    assert run(base_model, tmp_path / "killed").wait() == 0
+    finished = sorted(p.parent for p in whole.glob("rollouts/**/rollouts.json"))
     assert len(finished) == 2 + 4 + 2  # base; train and eval, then eval, of two objectives
     for folder in finished:
-        there = tmp_path / "killed" / folder.relative_to(tmp_path / "whole")
+        there = tmp_path / "killed" / folder.relative_to(whole)
         resumed = read_rollouts(there)
         same(resumed, read_rollouts(folder))
         same(resumed[: len(left.get(there, []))], left.get(there, []))
         assert [tree.prompt_index for tree in resumed] == list(range(len(resumed)))
     states = [
-        MAVISValueModel.load(str(tmp_path / name)).state_dict() for name in ("killed", "whole")
+        MAVISValueModel.load(str(folder)).state_dict() for folder in (tmp_path / "killed", whole)
     ]
     torch.testing.assert_close(*states)
 
