@@ -46,7 +46,7 @@ from _policies import POLICIES, ROOT, Budget, read_prompts, rewards, train_all
 
 OBJECTIVES = ("positivity", "relevance", "readability", "rarity")
 CONFLICT = ("readability", "rarity")
-BETAS = (2.0, 4.0, 8.0)
+BETAS = (4.0, 8.0, 16.0)
 BEST_OF = (4, 16, 64)
 TOP_K, MAX_TOKENS = 40, 48
 ROUND = 4  # unguided responses to a prompt that are sampled together
@@ -54,7 +54,7 @@ METHODS = (
     "unguided", "MAVIS", "Rewarded Soups", "MOD", "MORLHF", "prompting", "best of N",
 )  # fmt: skip
 TUNED = {"Rewarded Soups", "MOD", "MORLHF"}
-KL_BUDGETS = (2.5, 5.0, 10.0, 15.0, 20.0, 30.0)
+KL_BUDGETS = (2.5, 5.0, 10.0, 20.0, 30.0, 40.0)
 INSTRUCTIONS = {
     "positivity": "be very positive and enthusiastic",
     "relevance": "keep strictly to the subject of the request",

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import _decoding, _policies
+from benchmarks import _decoding, _policies, pareto
 from tests.conftest import make_value_model
 from tests.reference import Reference
 from trimtab.plugins import GuidanceParams, MAVISValueModel, ValueEngine
 from trimtab.plugins.guide import Guide
 
-ROOT = Path(__file__).parents[1]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20, 21, 22, 23]]
 
 
@@ -151,18 +148,17 @@ def test_added_adapters_are_the_average_of_merged_models(base_model, tmp_path):
     assert not torch.allclose(soup(tokens).logits, base(tokens).logits, atol=1e-2)
 
 
-def test_fronts_of_tiny_models(base_model, tmp_path):
+def test_fronts_of_tiny_models(base_model, tmp_path, monkeypatch):
     objectives = ["positivity", "relevance", "readability", "rarity"]
     values = make_value_model(tmp_path / "values", base_model, objectives)
     command = [
-        sys.executable, ROOT / "benchmarks/pareto.py", "--base", base_model,
-        "--value-model", values, "--artifacts", tmp_path / "work", "--report", tmp_path / "front",
-        "--prompts", "3", "--seeds", "2", "--betas", "1", "8", "--best-of", "2", "4",
-        "--steps", "2",
+        "pareto.py", "--base", base_model, "--value-model", values,
+        "--artifacts", tmp_path / "work", "--report", tmp_path / "front", "--prompts", "3",
+        "--seeds", "2", "--betas", "1", "8", "--best-of", "2", "4", "--steps", "2",
     ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
     for _ in range(2):  # the second time nothing is left to sample
-        run = subprocess.run(command, capture_output=True, text=True, timeout=800)
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        pareto.main()
         result = json.loads((tmp_path / "front.json").read_text())
         stored = sorted((tmp_path / "work").rglob("*.json"))
         before = {path: path.stat().st_mtime_ns for path in stored}
