@@ -369,7 +369,7 @@ def main() -> None:
     add("--top-k", type=int, default=40)
     add("--max-tokens", type=int, default=48)
     add("--prompts", type=int, default=24)
-    add("--plain-samples", type=int, default=20, help=f"a multiple of {N}")
+    add("--plain-samples", type=int, default=24, help=f"a multiple of {N}")
     add("--dtype", default="bfloat16")
     add("--artifacts", type=Path, default=Path("artifacts/search"))
     add("--out", type=Path, default=ROOT / "docs")
