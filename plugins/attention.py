@@ -8,6 +8,7 @@ whole blocks are copied and arrive in the order in which matrix products read th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,12 +83,11 @@ class Step:
         """
         _, blocks, heads, _, _ = store.shape
         if ("rows", blocks, heads) not in self.made:
-            device = self.read.device
-            head = torch.arange(heads, device=device)
-            part = torch.arange(2, device=device)[:, None] * blocks
-            new = (part + self.write[:, None, None] // BLOCK_SIZE) * heads + head
-            write = new * BLOCK_SIZE + self.write[:, None, None] % BLOCK_SIZE
-            read = (part[..., None, None] + self.read[:, None]) * heads + head[:, None]
+            first = _rows_of_a_block(blocks, heads, self.read.device)
+            # A block is `heads` times as many rows as it has tokens.
+            write = self.write + self.write // BLOCK_SIZE * ((heads - 1) * BLOCK_SIZE)
+            write = write[:, None] + first.flatten() * BLOCK_SIZE
+            read = (self.read * heads)[:, None] + first[:, None, :, None]
             self.made["rows", blocks, heads] = write.flatten(), read.flatten()
         return self.made["rows", blocks, heads]
 
@@ -120,6 +120,13 @@ def head_dim(config: Any) -> int:
 
 def kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+@lru_cache
+def _rows_of_a_block(blocks: int, heads: int, device: torch.device) -> torch.Tensor:
+    """Rows of block 0, `[2, heads]`: of its keys and its values."""
+    heads_of_parts = torch.arange(2 * heads, device=device).view(2, heads)
+    return heads_of_parts + torch.arange(2, device=device)[:, None] * (blocks - 1) * heads
 
 
 def write(kv: torch.Tensor, step: Step, store: torch.Tensor) -> None:
@@ -167,8 +174,8 @@ def attend(
         mask = step.mask(window)
         piece = max(1, MAX_SCORES // (heads * queries * k.shape[2]))
         pieces = [
-            _attend_last(q[i], kv[i], k[i], v[i], mask[i], scaling, softcap, step.written)
-            for i in (slice(first, first + piece) for first in range(0, batch, piece))
+            _attend_last(q, kv, k, v, mask, scaling, softcap, step.written)
+            for q, kv, k, v, mask in zip(*(t.split(piece) for t in (q, kv, k, v, mask)))
         ]
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     out = out.reshape(batch * queries, heads * dim)

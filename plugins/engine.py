@@ -364,7 +364,7 @@ class ValueEngine:
         """A pass over tokens at `positions` `[batch, queries]`, -1 where there is none."""
         table = self._table[slots]
         new = np.maximum(positions[:, :written], 0)
-        write = np.take_along_axis(table, new // BLOCK_SIZE, axis=1) * BLOCK_SIZE
+        write = table[np.arange(len(slots))[:, None], new // BLOCK_SIZE] * BLOCK_SIZE
         write = np.where(positions[:, :written] < 0, 0, write + new % BLOCK_SIZE)
         longest = -(-int(lengths.max(initial=1)) // BLOCK_SIZE)
         return Step(
@@ -382,14 +382,14 @@ class ValueEngine:
         positions = step.positions.flatten()
         if step.packing is not None:
             positions = positions[step.packing[0]]
-        hidden = self.models[self._families[family][0]].backbone(
-            input_ids=tokens.repeat(adapters)[None],
+        output = self.models[self._families[family][0]].backbone(
+            input_ids=(tokens if adapters == 1 else tokens.repeat(adapters))[None],
             position_ids=positions[None],
             use_cache=False,
             mavis_step=step,
             mavis_store=self._stores[family],
         )
-        return hidden.last_hidden_state[0].chunk(adapters)
+        return output[0][0].chunk(adapters)  # its first entry, the last hidden states
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

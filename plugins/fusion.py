@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from .attention import BLOCK_SIZE, TAKEN, Step, Store, attend, head_dim, kv_heads, write
@@ -141,11 +140,11 @@ def run(
     backbone: Any,
     *,
     input_ids: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor,
     mavis_step: Step | None = None,
     mavis_store: Store | None = None,
     **kwargs: Any,
-) -> BaseModelOutput:
+) -> tuple[torch.Tensor]:
     """The forward pass of a backbone whose layers are fused, `[1, total]` to `[1, total, hidden]`.
 
     The last layer of a pass that `stores_only` ends with its keys and values.
@@ -153,13 +152,14 @@ def run(
     if mavis_step is None or mavis_store is None:
         raise RuntimeError(TAKEN)
     x = backbone.embed_tokens(input_ids[0])
-    cos, sin = backbone.rotary_emb(x, position_ids)
-    half = cos.shape[-1] // 2
-    cos, sin = cos[0, :, None], torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)[0, :, None]
+    rotary = backbone.rotary_emb
+    angles = position_ids[0, :, None, None].float() * rotary.inv_freq
+    cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+    cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
     last = len(backbone.layers) - 1
     for i, layer in enumerate(backbone.layers):
         x = layer(x, cos, sin, mavis_step, mavis_store[i], mavis_step.stores_only and i == last)
-    return BaseModelOutput(last_hidden_state=backbone.norm(x)[None])
+    return (backbone.norm(x)[None],)
 
 
 def fuse(backbone: Any, adapters: int = 1) -> bool:
@@ -178,6 +178,8 @@ def fuse(backbone: Any, adapters: int = 1) -> bool:
     config = backbone.config
     if config.model_type not in PLAIN:
         return False
+    if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+        return False  # they rotate by the longest sequence of a batch
     if isinstance(backbone.layers[0], FusedLayer):  # by an engine before this one
         return True
     expected = _try(backbone, adapters)
@@ -212,11 +214,11 @@ def _try(backbone: Any, adapters: int) -> torch.Tensor:
         fresh=True,
     ).repeated(adapters, 2)
     shape = (2, 2 * adapters, kv_heads(config), BLOCK_SIZE, head_dim(config))
-    out = backbone(
+    output = backbone(
         input_ids=index.repeat(adapters)[None],
         position_ids=step.positions.view(1, -1),
         use_cache=False,
         mavis_step=step,
         mavis_store=[weight.new_zeros(shape) for _ in backbone.layers],
     )
-    return out.last_hidden_state.float()
+    return output[0].float()

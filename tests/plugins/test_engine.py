@@ -34,10 +34,11 @@ BACKBONES = {
 
 
 def make_model(
-    name: str = "llama", objectives=("a", "b"), seed: int = 0, **fields
+    name: str = "llama", objectives=("a", "b"), seed: int = 0, options=None, **fields
 ) -> MAVISValueModel:
     torch.manual_seed(seed)
-    kind, options = BACKBONES[name]
+    kind, own = BACKBONES[name]
+    options = {**own, **(options or {})}
     backbone = kind(
         vocab_size=VOCAB,
         hidden_size=32,

@@ -86,6 +86,19 @@ def test_a_backbone_with_learnt_positions_keeps_its_layers():
     torch.testing.assert_close(values[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind, fused", [("dynamic", 0), ("linear", 3), ("yarn", 3)])
+def test_scaled_positions_keep_their_values(kind, fused):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    model = random_weights(make_model(options={"rope_parameters": rope}))
+    reference = plain(model)
+    engine = ValueEngine([model], num_slots=1, max_length=MAX_LENGTH)
+    assert fused_layers(engine) == fused
+    sequences, candidates = {0: list(range(40))}, [[1, 2, 3, 4]]
+    values = engine_values(engine, sequences, [0], candidates)
+    expected = full_forward([reference], sequences[0], candidates[0])
+    assert (values[0] - expected).norm() < 1e-4 * expected.norm()
+
+
 def test_layers_of_another_function_are_left_alone(monkeypatch):
     model = make_model("llama")
     model.backbone.set_attn_implementation("mavis_paged")
