@@ -34,6 +34,7 @@ from trimtab.trainers import (
     Response,
     evaluate,
     judge_points,
+    read_rollouts,
     simplex_weights,
     sweep,
     write_report,
@@ -47,6 +48,7 @@ from _policies import POLICIES, ROOT, Budget, read_prompts, rewards, train_all
 OBJECTIVES = ("positivity", "relevance", "readability", "rarity")
 CONFLICT = ("readability", "rarity")
 BETAS = (4.0, 8.0, 16.0)
+AGAINST = 8.0  # the demo's beta
 BEST_OF = (4, 16, 64)
 TOP_K, MAX_TOKENS = 40, 48
 ROUND = 4  # unguided responses to a prompt that are sampled together
@@ -311,12 +313,68 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
+def rollout_tokens(folder: Path) -> int | None:
+    """Tokens that were sampled to train the value model, if its rollouts are there."""
+    trees = read_rollouts(folder)
+    return sum(len(node.tokens) for tree in trees for node in tree.nodes[1:]) or None
+
+
+def intro(result: Mapping[str, Any]) -> str:
+    """What the tables compare, and what training cost."""
+    given, training = result["parameters"], result["training"]
+    lines = [
+        "# Fronts of the demo's rewards",
+        "",
+        f"Made by `python benchmarks/pareto.py` on {given['device'].upper()}: held-out prompts of "
+        f"the demo, {given['seeds']} seeds, {given['max_tokens']} tokens a response.",
+        "",
+        f"* Every policy is a distribution over the base model's {given['top_k']} likeliest tokens, "
+        "so its KL to the base model is exact at every step. That of best-of-N is its upper bound "
+        "`log N - (N - 1) / N`.",
+        "* Strength: `beta` of MAVIS, N of best-of-N, steps of GRPO of the fine-tuned policies.",
+        "* Rewarded Soups average the merged weights of the objectives' policies, MOD their "
+        "log-probabilities, MORLHF is trained on the weighted reward. With all weight on one "
+        "objective the three are the same policy.",
+        "* Prompting asks for every objective with a weight, the heaviest first.",
+        f"* A guided token takes {given['compute_of_guidance']:.1f} times the multiply-adds of an "
+        "unguided one: best-of-N of about this N is equal compute. A token of MOD takes one "
+        "forward pass per objective, of Rewarded Soups and MORLHF one.",
+        "* Tokens/s are of this benchmark's loop, which measures KL along the way; "
+        "[serving.md](serving.md) has those of a server.",
+        "",
+        "## What training cost",
+        "",
+        "| GRPO policy | steps | tokens sampled | minutes | reward, first and last step |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, record in training["policies"].items():
+        lines.append(
+            f"| {name} | {record['budget']['steps']} | {record['tokens']:.0f} | "
+            f"{record['minutes']:.0f} | {record['reward'][0]:+.2f}, {record['reward'][-1]:+.2f} |"
+        )
+    budget = next(iter(training["policies"].values()))["budget"]
+    lines += [
+        "",
+        f"LoRA of rank {budget['rank']} on all linear layers, learning rate "
+        f"{budget['learning_rate']:g}, KL coefficient {budget['beta']:g}, {budget['completions']} "
+        f"completions a step, {budget['generations']} of each prompt; rewards in standard "
+        "deviations under the base model.",
+    ]
+    if training["value_model_tokens"]:
+        lines[-1] += (
+            f" The value model, all objectives in one, was trained on "
+            f"{training['value_model_tokens']} sampled tokens."
+        )
+    return "\n".join([*lines, "", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", type=Path, default=Path("artifacts/smollm2"))
     parser.add_argument("--value-model", type=Path, default=Path("artifacts/value_model"))
+    parser.add_argument("--rollouts", type=Path, default=Path("artifacts/rollouts/train"))
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts/pareto"))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
@@ -354,7 +412,8 @@ def main() -> None:
     )
     if args.methods:
         return
-    result = evaluate(points, [CONFLICT], args.kl_budgets, against="MAVIS")
+    against = ("MAVIS", AGAINST if AGAINST in args.betas else args.betas[0])
+    result = evaluate(points, [CONFLICT], args.kl_budgets, against=against)
     result["parameters"] = {
         "base": str(args.base),
         "value_model": str(args.value_model),
@@ -367,7 +426,7 @@ def main() -> None:
         "instructions": INSTRUCTIONS,
         "kl_of_best_of_n": "log N - (N - 1) / N, an upper bound",
     }
-    result["training"] = training
+    result["training"] = {"policies": training, "value_model_tokens": rollout_tokens(args.rollouts)}
     if args.judge_url:
         judge = PairwiseJudge(
             args.judge_url,
@@ -376,7 +435,7 @@ def main() -> None:
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
         )
         result["language_model_judge"] = judge_points(judge, CRITERIA, points, prompts)
-    for file in write_report(result, args.report):
+    for file in write_report(result, args.report, intro(result)):
         print(file)
 
 

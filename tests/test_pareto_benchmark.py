@@ -155,6 +155,7 @@ def test_fronts_of_tiny_models(base_model, tmp_path, monkeypatch):
         "pareto.py", "--base", base_model, "--value-model", values,
         "--artifacts", tmp_path / "work", "--report", tmp_path / "front", "--prompts", "3",
         "--seeds", "2", "--betas", "1", "8", "--best-of", "2", "4", "--steps", "2",
+        "--rollouts", tmp_path / "none",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     for _ in range(2):  # the second time nothing is left to sample
@@ -168,4 +169,4 @@ def test_fronts_of_tiny_models(base_model, tmp_path, monkeypatch):
     others = {("MAVIS", 1.0), ("MAVIS", 8.0), ("Rewarded Soups", 1), ("MOD", 2), ("prompting", 1.0)}
     assert {counts[other] for other in others} == {8}
     assert {p["seeds"] for p in result["points"] if p["strength"] == 4} == {1}  # one pool of 4
-    assert set(result["training"]) == set(_policies.POLICIES)
+    assert set(result["training"]["policies"]) == set(_policies.POLICIES)

@@ -458,7 +458,7 @@ def evaluate(
     planes: Sequence[Sequence[str]] = (),
     kl_budgets: Sequence[float] = (),
     baseline: str = "unguided",
-    against: str | None = None,
+    against: tuple[str, float] | None = None,
     draws: int = 2000,
 ) -> dict[str, Any]:
     """
@@ -479,14 +479,15 @@ def evaluate(
             points is read off at this KL along its strengths, see [`at_kl`].
         baseline (`str`, *optional*, defaults to `"unguided"`):
             Method of the base model itself.
-        against (`str`, *optional*):
-            Method that the differences of hypervolume are taken from: positive where it is ahead.
+        against (`tuple[str, float]`, *optional*):
+            Method and strength that the others are subtracted from, their hypervolumes paired by
+            prompt: positive where it is ahead. At equal KL the method alone counts.
         draws (`int`, *optional*, defaults to `2000`):
             Bootstrap samples.
 
     Returns:
         `dict[str, Any]`: `objectives`, `unguided` (mean and standard deviation of each reward),
-        `points`, `planes` and `judges`, ready for JSON.
+        `points`, `planes`, `judges` and `against`, ready for JSON.
     """
     base = [point for point in points if point.method == baseline]
     if len(base) != 1:
@@ -494,6 +495,8 @@ def evaluate(
             f"`baseline` must be the method of one point, got {baseline!r} with {len(base)}"
         )
     objectives = list(base[0].rewards)
+    if against is not None and against not in {(p.method, p.strength) for p in points}:
+        raise ValueError(f"`against` must be a method and strength of a point, got {against!r}")
     planes = [list(plane) for plane in planes] + [objectives]
     for plane in planes:
         if unknown := sorted(set(plane) - set(objectives)):
@@ -539,6 +542,7 @@ def evaluate(
     return {
         "objectives": objectives,
         "unguided": {o: {"mean": float(mean[o]), "std": float(std[o])} for o in objectives},
+        "against": None if against is None else {"method": against[0], "strength": against[1]},
         "prompts": order.shape[1],
         "points": entries,
         "planes": fronts,
@@ -564,7 +568,7 @@ def _plane(
     kls: Sequence[np.ndarray],
     kl_budgets: Sequence[float],
     baseline: str,
-    against: str | None,
+    against: tuple[str, float] | None,
 ) -> dict[str, Any]:
     """Hypervolumes in the space of some objectives, of every method, and at equal KL."""
     columns = [objectives.index(o) for o in plane]
@@ -574,7 +578,6 @@ def _plane(
         for i, point in enumerate(points)
         if point.method != baseline and not {o for o, w in point.weights.items() if w} - {*plane}
     ]
-    nothing = np.zeros((1, 1, 1, len(plane)))
     volumes: dict[tuple[str, float], np.ndarray] = {}  # median over seeds, [draws]
     matched: dict[float, dict[str, np.ndarray]] = {budget: {} for budget in kl_budgets}
     for method in dict.fromkeys(points[i].method for i in inside):
@@ -600,48 +603,28 @@ def _plane(
             stacked = np.stack([f[:seeds] for f in front], axis=-2)
             if not np.isnan(stacked).any():
                 matched[budget][method] = np.median(hypervolume(stacked, reference), 0)
+    center = np.array([np.median(gains[i][:, 0, columns], axis=0) for i in inside])
+    on_front = dict(zip(inside, pareto_front(center))) if inside else {}
     result: dict[str, Any] = {
         "objectives": plane,
-        "unguided": float(hypervolume(nothing[0, 0], reference)),
-        "hypervolume": [
-            {
-                "method": method,
-                "strength": strength,
-                "points": sum((points[i].method, points[i].strength) == key for i in inside),
-                **interval(volumes[key]),
-            }
-            for key in volumes
-            for method, strength in [key]
-        ],
-        "matched": [
-            {"kl": budget, "method": method, **interval(volume)}
-            for budget, by_method in matched.items()
-            for method, volume in by_method.items()
-        ],
+        "unguided": float(hypervolume(np.zeros((1, len(plane))), reference)),
+        "hypervolume": [],
+        "matched": [],
     }
-    if against is not None:
-        best = max(
-            (k for k in volumes if k[0] == against), key=lambda k: volumes[k][0], default=None
-        )
-        result["ahead"] = (
-            []
-            if best is None
-            else [
-                {
-                    "of": [method, strength],
-                    "strength": best[1],
-                    **interval(volumes[best] - volumes[method, strength]),
-                }
-                for method, strength in volumes
-                if method != against
-            ]
-        )
-        result["ahead_at_kl"] = [
-            {"kl": budget, "of": method, **interval(by_method[against] - volume)}
-            for budget, by_method in matched.items()
-            for method, volume in by_method.items()
-            if method != against and against in by_method
-        ]
+    for key, volume in volumes.items():
+        own = [i for i in inside if (points[i].method, points[i].strength) == key]
+        row: dict[str, Any] = {"method": key[0], "strength": key[1], "points": len(own)}
+        row["on_joint_front"] = int(sum(on_front[i] for i in own))
+        row |= interval(volume)
+        if against in volumes:
+            row["behind"] = interval(volumes[against] - volume)
+        result["hypervolume"].append(row)
+    for budget, by_method in matched.items():
+        for method, volume in by_method.items():
+            row = {"kl": budget, "method": method, **interval(volume)}
+            if against is not None and against[0] in by_method:
+                row["behind"] = interval(by_method[against[0]] - volume)
+            result["matched"].append(row)
     return result
 
 

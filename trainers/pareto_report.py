@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_report(result: Mapping[str, Any], path: str | Path) -> list[Path]:
+def write_report(result: Mapping[str, Any], path: str | Path, intro: str = "") -> list[Path]:
     """
     Writes `path` with the endings `.json`, `.md`, `.png` and `.html`.
 
@@ -19,6 +19,8 @@ def write_report(result: Mapping[str, Any], path: str | Path) -> list[Path]:
             keys of the caller's own are kept in the JSON.
         path (`str` or `Path`):
             Where to write, without an ending.
+        intro (`str`, *optional*, defaults to `""`):
+            Markdown that the tables follow.
 
     Returns:
         `list[Path]`: The four files.
@@ -27,7 +29,7 @@ def write_report(result: Mapping[str, Any], path: str | Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_name(path.name + ending) for ending in (".json", ".md", ".png", ".html")]
     files[0].write_text(json.dumps(result, indent=2) + "\n")
-    files[1].write_text(to_markdown(result))
+    files[1].write_text(intro + to_markdown(result))
     plot(result, files[2])
     files[3].write_text(to_html(result))
     return files
@@ -65,7 +67,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     Returns:
         `str`: Markdown.
     """
-    objectives = result["objectives"]
+    objectives, against = result["objectives"], result["against"]
     lines = [
         f"{result['prompts']} prompts; gains in standard deviations of the unguided reward; "
         "medians over the seeds, 95 % bootstrap intervals over the prompts.",
@@ -78,29 +80,44 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             f"{plane['unguided']:g}.",
             "",
         ]
-        ahead = {tuple(row["of"]): row for row in plane.get("ahead", [])}
-        rows = []
-        for row in plane["hypervolume"]:
-            key = (row["method"], row["strength"])
-            lead = _interval(ahead[key]) if key in ahead else ""
-            rows.append(
-                [
-                    row["method"],
-                    f"{row['strength']:g}",
-                    str(row["points"]),
-                    _interval(row, sign=""),
-                    lead,
-                ]
-            )
-        lines += _table(["method", "strength", "points", "hypervolume", "behind the best by"], rows)
-        if plane["matched"]:
-            budgets = list(dict.fromkeys(row["kl"] for row in plane["matched"]))
-            methods = list(dict.fromkeys(row["method"] for row in plane["matched"]))
-            at = {(row["method"], row["kl"]): _interval(row, sign="") for row in plane["matched"]}
-            lines += ["At equal KL to the base model, nats a response:", ""]
+        behind = against and f"{against['method']} {against['strength']:g} ahead by"
+        head = ["method", "strength", "points", "on the joint front", "hypervolume"]
+        rows = [
+            [
+                row["method"],
+                f"{row['strength']:g}",
+                str(row["points"]),
+                str(row["on_joint_front"]),
+                _interval(row, sign=""),
+                *([_interval(row["behind"])] if behind else []),
+            ]
+            for row in plane["hypervolume"]
+        ]
+        lines += _table([*head, behind] if behind else head, rows)
+        budgets = list(dict.fromkeys(row["kl"] for row in plane["matched"]))
+        methods = list(dict.fromkeys(row["method"] for row in plane["matched"]))
+        at = {(row["method"], row["kl"]): row for row in plane["matched"]}
+        head = ["method", *(f"{budget:g}" for budget in budgets)]
+        for title, key in (("Hypervolume at", None), (behind, "behind")):
+            if not budgets or not title:
+                continue
+            if key:
+                title = f"{against['method']} ahead, at"
+            lines += [f"{title} at most so many nats of KL to the base model a response:", ""]
+            cells = {k: row if key is None else row.get(key) for k, row in at.items()}
+            sign = "+" if key else ""
             lines += _table(
-                ["method", *(f"{budget:g}" for budget in budgets)],
-                [[m, *(at.get((m, budget), "") for budget in budgets)] for m in methods],
+                head,
+                [
+                    [
+                        m,
+                        *(
+                            _interval(cells[m, b], sign=sign) if cells.get((m, b)) else ""
+                            for b in budgets
+                        ),
+                    ]
+                    for m in methods
+                ],
             )
     if result["judges"]:
         lines += ["## Held-out judges", ""]

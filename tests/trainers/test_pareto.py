@@ -241,7 +241,7 @@ def result(tmp_path):
         policies(), PROMPTS, WEIGHTS, REWARDS, tmp_path, seeds=2,
         judges={"red": against_red, "blue": blue},
     )  # fmt: skip
-    return evaluate(points, kl_budgets=[5.0, 20.0], against="strong", draws=200), points
+    return evaluate(points, kl_budgets=[5.0, 20.0], against=("strong", 1.0), draws=200), points
 
 
 def test_gains_are_exact_where_the_noise_is_shared(result):
@@ -289,10 +289,15 @@ def test_hypervolumes_of_methods_and_at_equal_kl(result):
     assert matched["weak", 5.0] == pytest.approx(volume(*halfway))
     assert matched["weak", 20.0] == pytest.approx(found["weak", 2]["value"])
     assert matched["strong", 5.0] == pytest.approx(found["strong", 1.0]["value"])  # its bound is 4
-    lead = {tuple(row["of"]): row["value"] for row in plane["ahead"]}
-    assert lead["weak", 1] == pytest.approx(
-        found["strong", 1.0]["value"] - found["weak", 1]["value"]
-    )
+    lead = found["strong", 1.0]["value"] - found["weak", 1]["value"]
+    assert found["weak", 1]["behind"]["value"] == pytest.approx(lead)
+    assert found["strong", 1.0]["behind"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    joint = [(p.method, p.strength, g) for p, g in zip(points[1:], result["points"][1:])]
+    corners = np.array([[g["gain"][o]["value"] for o in OBJECTIVES] for _, _, g in joint])
+    on_front = pareto_front(corners)
+    for (method, strength), row in found.items():
+        own = [(m, s) == (method, strength) for m, s, _ in joint]
+        assert row["on_joint_front"] == on_front[own].sum()
 
 
 def test_kl_comes_from_the_best_source_there_is(result):
@@ -312,14 +317,19 @@ def test_judges_that_disagree_are_named(result):
     assert agrees["red", "weak", 2] is False
 
 
-def test_the_baseline_must_be_one_point(result):
+def test_what_is_compared_must_be_there(result):
     with pytest.raises(ValueError, match="got 'weak' with 6"):
         evaluate(result[1], baseline="weak")
+    with pytest.raises(ValueError, match=r"`against` must be .* got \('strong', 3\)"):
+        evaluate(result[1], against=("strong", 3))
+    with pytest.raises(ValueError, match="`planes` names 'green'"):
+        evaluate(result[1], planes=[("red", "green")])
 
 
 def test_reports_hold_every_point_and_need_no_network(result, tmp_path):
     result, _ = result
-    files = write_report(result, tmp_path / "out" / "front")
+    files = write_report(result, tmp_path / "out" / "front", intro="# Title\n\n")
+    assert files[1].read_text().startswith("# Title\n\n6 prompts;")
     assert [file.name for file in files] == [f"front.{e}" for e in ("json", "md", "png", "html")]
     written = json.loads(files[0].read_text(), parse_constant=pytest.fail)  # no NaN
     assert len(written["points"]) == 10
