@@ -328,9 +328,9 @@ def intro(result: Mapping[str, Any]) -> str:
         f"Made by `python benchmarks/pareto.py` on {given['device'].upper()}: held-out prompts of "
         f"the demo, {given['seeds']} seeds, {given['max_tokens']} tokens a response.",
         "",
-        f"* Every policy is a distribution over the base model's {given['top_k']} likeliest tokens, "
-        "so its KL to the base model is exact at every step. That of best-of-N is its upper bound "
-        "`log N - (N - 1) / N`.",
+        f"* Every policy is a distribution over the {given['top_k']} likeliest tokens of the base "
+        "model, so its KL to the base model is exact at every step. That of best-of-N is its upper "
+        "bound `log N - (N - 1) / N`.",
         "* Strength: `beta` of MAVIS, N of best-of-N, steps of GRPO of the fine-tuned policies.",
         "* Rewarded Soups average the merged weights of the objectives' policies, MOD their "
         "log-probabilities, MORLHF is trained on the weighted reward. With all weight on one "
