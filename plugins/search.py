@@ -394,7 +394,13 @@ class _VLLMProposer:
                 "'raw_logprobs'"
             )
         self.llm, self.top_k = llm, top_k
-        self.params = SamplingParams(temperature=0, max_tokens=1, logprobs=top_k, detokenize=False)
+        self.params = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            logprobs=top_k,
+            detokenize=False,
+            extra_args={"mavis_beta": 0},  # the server's own guidance, if any, is not asked for
+        )
 
     def __call__(
         self, texts: list[list[int]], parents: list[int]
