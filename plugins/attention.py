@@ -17,8 +17,8 @@ from transformers import AttentionInterface
 
 BLOCK_SIZE = 32
 ATTENTION = "mavis_paged"
-# Scores of candidates, in float32, at once: larger pieces leave the cache of a CPU.
-MAX_SCORES = 1 << 22
+# Float32 scores held at once: to bound their memory, and on a CPU to stay in its cache.
+MAX_SCORES, MAX_SCORES_CPU = 1 << 27, 1 << 18
 
 TAKEN = "this value model belongs to a ValueEngine; load another copy for plain forward passes"
 
@@ -172,7 +172,8 @@ def attend(
     else:
         k, v = _read(step, store)
         mask = step.mask(window)
-        piece = max(1, MAX_SCORES // (heads * queries * k.shape[2]))
+        limit = MAX_SCORES_CPU if q.device.type == "cpu" else MAX_SCORES
+        piece = max(1, limit // (heads * queries * k.shape[2]))
         pieces = [
             _attend_last(q, kv, k, v, mask, scaling, softcap, step.written)
             for q, kv, k, v, mask in zip(*(t.split(piece) for t in (q, kv, k, v, mask)))

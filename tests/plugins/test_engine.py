@@ -345,3 +345,16 @@ def test_positions_stay_exact_in_half_precision():
     engine = ValueEngine([model], num_slots=1, max_length=8, dtype=torch.bfloat16)
     found = engine.models[0].backbone.rotary_emb.inv_freq
     assert found.dtype == torch.float32 and torch.equal(found, frequencies)
+
+
+@pytest.mark.parametrize("limit", [1, 3000])
+def test_scores_in_pieces_give_the_same_values(monkeypatch, limit):
+    reference = plain(model := make_model("llama"))
+    engine = ValueEngine([model], num_slots=3, max_length=MAX_LENGTH)
+    sequences = {0: list(range(40)), 1: [5], 2: list(range(7, 50))}
+    candidates = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
+    monkeypatch.setattr("trimtab.plugins.attention.MAX_SCORES_CPU", limit)
+    values = engine_values(engine, sequences, [0, 1, 2], candidates)
+    for slot in sequences:
+        expected = full_forward([reference], sequences[slot], candidates[slot])
+        torch.testing.assert_close(values[slot], expected, rtol=1e-4, atol=1e-4)
