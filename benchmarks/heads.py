@@ -29,7 +29,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 import rewards  # noqa: E402
 
-MODELS = ("state=artifacts/value_model", "action=artifacts/action_model")
+MODELS = (
+    "state=artifacts/value_model",
+    "action=artifacts/action_model",
+    "reranked=artifacts/action_model@8",
+)
 FIRST_BETAS, BETAS = (4.0, 8.0), (4.0, 8.0, 12.0)  # of the first model and of the others
 TOP_K, MAX_TOKENS, BATCH = 40, 48, 96
 DRAWS = 2000
@@ -54,6 +58,7 @@ def answer(
     tokenizer: Any,
     prompts: list[Any],
     values: MAVISValueModel | None,
+    rerank: int,
     weights: dict[str, float],
     beta: float,
 ) -> list[dict[str, Any]]:
@@ -69,6 +74,7 @@ def answer(
                 weights=weights,
                 beta=beta,
                 top_k=TOP_K,
+                rerank=rerank,
                 attention_mask=batch["attention_mask"],
                 dtype=torch.bfloat16,
             )
@@ -106,9 +112,11 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
 
     tokenizer = AutoTokenizer.from_pretrained(args.base, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16).eval()
-    models = {
-        name: MAVISValueModel.load(folder) for name, folder in (m.split("=") for m in args.models)
-    }
+    models, reranks = {}, {"unguided": 0}
+    for spec in args.models:
+        name, _, folder = spec.partition("=")
+        folder, _, rerank = folder.partition("@")
+        models[name], reranks[name] = MAVISValueModel.load(folder), int(rerank or 0)
     objectives = args.objectives or models[next(iter(models))].config.objectives
     per_batch = max(1, BATCH // len(prompts))
     jobs = [("unguided", "", 0.0, s) for s in range(0, args.samples, per_batch)]
@@ -127,7 +135,9 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
         torch.manual_seed(number)
         samples = range(s, min(s + per_batch, args.samples))
         asked = prompts * len(samples)
-        found = answer(base, tokenizer, asked, models.get(name), {objective: 1.0}, beta)
+        found = answer(
+            base, tokenizer, asked, models.get(name), reranks[name], {objective: 1.0}, beta
+        )
         of = [objective] if objective else next(iter(models.values())).config.objectives
         scores = {
             o: getattr(rewards, o)(prompts=asked, completions=[r["text"] for r in found])
@@ -249,7 +259,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default="artifacts/smollm2")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER[@RERANK]")
     parser.add_argument("--objectives", nargs="+", help="by default all")
     parser.add_argument("--first-betas", nargs="+", type=float, default=list(FIRST_BETAS))
     parser.add_argument("--betas", nargs="+", type=float, default=list(BETAS))

@@ -73,6 +73,7 @@ ARMS: dict[Arm, tuple[Cell, ...]] = {
     Arm("action head, 2 objectives", "action", 2): MAIN,
     Arm("action head, 3 objectives", "action", 3): GRIDS,
     Arm("action head, 3 models of 1 objective", "3 action models", 3): MAIN,
+    Arm("action head, 8 reranked, 3 objectives", "reranked", 3): MAIN,
     Arm("state head, 1 objective", "state", 1): MAIN[1:2],
     Arm("state head, 2 objectives", "state", 2): MAIN[1:2],
     Arm("state head, 3 objectives", "state", 3): (*MAIN, *CANDIDATES),
@@ -100,6 +101,7 @@ ARMS: dict[Arm, tuple[Cell, ...]] = {
 # What is compared in output tokens/s, where, and the ratio aimed at (None: 1, within the noise).
 COMPARISONS: tuple[tuple[str, str, tuple[Cell, ...], float | None], ...] = (
     ("action head, 3 objectives", UNGUIDED, MAIN[1:], 0.85),
+    ("action head, 8 reranked, 3 objectives", UNGUIDED, MAIN[1:], 0.4),
     ("state head, pruned, 3 objectives", UNGUIDED, MAIN[1:], 0.4),
     ("action head, 3 objectives", "published, tree, 3 objectives", MAIN[1:2], 3),
     ("base-sized action head, 3 objectives", "published, tree, base-sized, 3 objectives",
@@ -239,6 +241,7 @@ def processes(options: argparse.Namespace, folder: str) -> dict[str, tuple[tp.An
         return every
     return every | {
         "state": vllm(options.state_model),
+        "reranked": vllm(options.action_model, rerank=8),
         "3 action models": vllm(*made("action")),
         "base-sized": vllm(str(Path(folder, "base-sized"))),
         "3 base-sized": vllm(*made("base-sized")),

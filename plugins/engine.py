@@ -26,6 +26,9 @@ GIB = 1 << 30
 
 # history(slot, start, stop): the token ids at those positions of the slot's prefix.
 History = Callable[[int, int, int], "Sequence[int] | torch.Tensor"]
+# rerank(values, rows): for those rows `[n]` of the batch, from their values `[n, k, objectives]`,
+# which candidates to read again, `[n, m]` int64, and how much each counts, `[n, m]`, together 1.
+Rerank = Callable[[torch.Tensor, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 
 
 class ValueEngine:
@@ -149,6 +152,11 @@ class ValueEngine:
         """Whether some model reads the candidates themselves, so that fewer of them cost less."""
         return None in self._action_tables
 
+    @property
+    def has_action_heads(self) -> bool:
+        """Whether some model reads its candidates at the prefix."""
+        return any(table is not None for table in self._action_tables)
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget what is stored of `slot` from position `length` on."""
         keep = min(-(-length // BLOCK_SIZE), self._held[slot])
@@ -174,6 +182,7 @@ class ValueEngine:
         candidates: torch.Tensor,
         history: History,
         counts: np.ndarray | None = None,
+        rerank: Rerank | None = None,
     ) -> torch.Tensor:
         """Value of every candidate as the next token of its prefix.
 
@@ -185,6 +194,8 @@ class ValueEngine:
             history: Asked for the earlier tokens that are not stored.
             counts: `[batch]` int64, how many of a row's candidates to value, the first ones; by
                 default all.
+            rerank: Which candidates' values to read again at their own position, where an action
+                head has valued them at the prefix's.
 
         Returns:
             `[batch, k, objectives]` float32; what it says of a candidate beyond its row's count
@@ -201,12 +212,12 @@ class ValueEngine:
             counts = np.full(len(slots), candidates.shape[1])
         if (-(-lengths // BLOCK_SIZE)).sum() > self._num_blocks:
             # Prefixes that do not fit together go one half after the other.
-            cut = len(slots) // 2
-            halves = (
-                self.values(slots[h], lengths[h], last_tokens[h], candidates[h], history, counts[h])
-                for h in (slice(cut), slice(cut, None))
-            )
-            return torch.cat(tuple(halves))
+            halves = []
+            for h in np.array_split(np.arange(len(slots)), 2):
+                part = (slots[h], lengths[h], last_tokens[h], candidates[h], history, counts[h])
+                of_half = rerank and (lambda values, rows, h=h: rerank(values, h[rows]))
+                halves.append(self.values(*part, of_half))
+            return torch.cat(halves)
         self._clock += 1
         self._used[slots] = self._clock
         self._store_prefixes(slots, lengths, history)
@@ -233,7 +244,35 @@ class ValueEngine:
                     read = read.index_select(0, beside.packing[1])
                 read = read.view(len(slots), 1 + width, -1)[:, 1:]
                 values[i] = nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width))
+        if rerank is not None and alone is not None:
+            self._rerank(slots, lengths, candidates, values, rerank)
         return torch.cat([values[i] for i in range(len(self.models))], dim=-1)
+
+    def _rerank(
+        self,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        candidates: torch.Tensor,
+        values: dict[int, torch.Tensor],
+        rerank: Rerank,
+    ) -> None:
+        """Read the values of some candidates at their own position, in place of an action head's.
+
+        The others keep their action head's, moved by as much as those have moved in the mean.
+        """
+        merged = torch.cat([values[i] for i in range(len(self.models))], dim=-1)
+        chosen, share = rerank(merged, np.arange(len(slots)))
+        tokens = candidates.gather(1, chosen).flatten()
+        step = self._step(slots, lengths, np.repeat(lengths[:, None], chosen.shape[1], axis=1), 0)
+        index = chosen[..., None]
+        for f, family in enumerate(self._families):
+            if self._action_tables[family[0]] is None:
+                continue
+            for i, hidden in zip(family, self._forward(f, tokens, step)):
+                own = self.models[i].read_head(hidden).view(*chosen.shape, -1)
+                moved = own - values[i].gather(1, index.expand_as(own))
+                moved = (share[..., None] * moved).sum(1, keepdim=True)
+                values[i] = (values[i] + moved).scatter(1, index.expand_as(own), own)
 
     def _store_prefixes(self, slots: np.ndarray, lengths: np.ndarray, history: History) -> None:
         """Bring the store up to all but the last token of each prefix, with room for that one."""

@@ -23,15 +23,22 @@ class Guide:
             range of values that their model has shown, are not valued and get probability 0. At 0
             the policy is exact. On a GPU it has to wait for the base model's logits each step.
 
+        rerank: Number of candidates whose values an action head's model reads at their own position,
+            as a state head does: those that the values read at the prefix make likeliest. At 0 all
+            values are the action head's.
+
     Attributes:
         rows: Rows guided so far.
         candidates: Candidates that remained in them after pruning.
 
     Raises:
-        ValueError: `prune_eps` is out of range, or a value model does not state its range.
+        ValueError: `prune_eps` or `rerank` is out of range, a value model does not state its range,
+            or there is no action head to rerank.
     """
 
-    def __init__(self, engine: ValueEngine, num_slots: int, prune_eps: float = 0.0) -> None:
+    def __init__(
+        self, engine: ValueEngine, num_slots: int, prune_eps: float = 0.0, rerank: int = 0
+    ) -> None:
         if not 0 <= prune_eps < 1:
             raise ValueError(f"prune_eps must be at least 0 and below 1, got {prune_eps}")
         if prune_eps and engine.candidate_range is None:
@@ -39,8 +46,16 @@ class Guide:
                 f"prune_eps {prune_eps} needs value models whose config has a candidate_range: "
                 "train them again, or leave prune_eps at 0"
             )
+        if rerank < 0:
+            raise ValueError(f"rerank must not be negative, got {rerank}")
+        if rerank and not engine.has_action_heads:
+            raise ValueError(
+                f"rerank {rerank} is for action heads, and no value model has one: its state head "
+                "reads every candidate at its own position already; leave rerank at 0"
+            )
         self.engine = engine
         self.prune_eps = prune_eps
+        self.rerank = rerank
         self.rows = self.candidates = 0
         unused = [0.0] * len(engine.objectives)  # at prune_eps 0 it does not matter
         self._range = np.array(engine.candidate_range or unused, dtype=np.float32)
@@ -100,7 +115,18 @@ class Guide:
             counts = likely.cpu().numpy()
         self.rows += len(slots)
         self.candidates += int(top_k.sum() if counts is None else counts.sum())
-        values = self.engine.values(slots, lengths, last_tokens, candidates, history, counts)
+
+        def likeliest(values: torch.Tensor, of: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = torch.from_numpy(of).to(values.device)
+            reference = log_probs[rows]
+            policy = guide(reference, values, weights[rows], beta[rows], None)
+            top = policy.topk(min(self.rerank, policy.shape[1])).indices
+            return top, torch.softmax(reference.gather(1, top), dim=1)
+
+        values = self.engine.values(
+            slots, lengths, last_tokens, candidates, history, counts,
+            rerank=likeliest if self.rerank else None,
+        )  # fmt: skip
         limited = np.isfinite(chosen[:, -1]).any()
         log_policy = guide(log_probs, values, weights, beta, budget if limited else None)
         # The first candidate is every row's own, whatever the largest k of the batch.

@@ -68,6 +68,8 @@ class GuidanceConfig:
         top_k: Default number of candidates; by default the number the value models were made for.
         kl_budget: Default limit in nats per step.
         max_top_k: Largest `mavis_top_k` that a request may ask for: it is what the request costs.
+        rerank: Number of candidates that an action head's model reads at their own position, as a
+            state head does: the likeliest by the action head.
         prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
             0 is exact. See [`count_likely`][trimtab.plugins.guidance.count_likely].
         dtype: Of the value models: float32, bfloat16, float16; by default the served model's.
@@ -84,6 +86,7 @@ class GuidanceConfig:
     top_k: int | None = None
     kl_budget: float | None = None
     max_top_k: int = 128
+    rerank: int = 0
     prune_eps: float = 0.0
     dtype: str | None = None
     kv_cache_memory_gib: float = 1.0
@@ -121,6 +124,11 @@ class GuidanceConfig:
             )
         if isinstance(self.max_top_k, bool) or not isinstance(self.max_top_k, int):
             raise ValueError(f"mavis config: max_top_k must be an integer, got {self.max_top_k!r}")
+        if isinstance(self.rerank, bool) or not isinstance(self.rerank, int) or self.rerank < 0:
+            raise ValueError(
+                "mavis config: rerank must be a number of candidates, an integer of at least 0, "
+                f"got {self.rerank!r}"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"mavis config: dtype must be one of {DTYPES}, got {self.dtype!r}")
         if not 0 <= _number("mavis config: prune_eps", self.prune_eps) < 1:

@@ -32,6 +32,8 @@ class MAVISLogitsProcessor(LogitsProcessor):
         attention_mask: `[batch, prompt_length]`, the mask given to `generate`. Needed when prompts
             are padded on the left; may be set between calls.
         tokenizer: The base model's, to check that the value models were trained with it.
+        rerank: Number of candidates that an action head's model reads at their own position, as a
+            state head does: the likeliest by the action head. See [`Guide`][trimtab.plugins.guide].
         prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
             0 is exact. See [`count_likely`][trimtab.plugins.guidance.count_likely].
         dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
@@ -56,6 +58,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         kl_budget: float | None = None,
         attention_mask: torch.Tensor | None = None,
         tokenizer: Any = None,
+        rerank: int = 0,
         prune_eps: float = 0.0,
         dtype: torch.dtype | None = None,
         kv_cache_memory_gib: float = 1.0,
@@ -78,7 +81,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
             kl_budget=kl_budget,
         )
         self.attention_mask = attention_mask
-        self._prune_eps = prune_eps
+        self._rerank, self._prune_eps = rerank, prune_eps
         self._dtype = dtype
         self._kv_cache_memory = int(kv_cache_memory_gib * GIB)
         self._guide: Guide | None = None
@@ -143,7 +146,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
             dtype=self._dtype or default,
             kv_cache_memory=self._kv_cache_memory,
         )
-        self._guide = Guide(engine, batch, self._prune_eps)
+        self._guide = Guide(engine, batch, self._prune_eps, self._rerank)
         for slot in range(batch):
             self._guide.start(slot, self.params)
         self._tokens = torch.zeros((0, 0), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Pruning in the guide: what is left out, and what of the policy may change."""
+"""Pruning and reranking in the guide: what of the policy they may change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.plugins.test_engine import MAX_LENGTH, VOCAB, make_model
+from tests.plugins.test_engine import MAX_LENGTH, VOCAB, full_forward, make_model, plain
 from trimtab.plugins import GuidanceParams, ValueEngine
 from trimtab.plugins.guide import Guide
 
@@ -75,3 +75,68 @@ def test_pruning_without_a_known_range_is_refused(logits):
         guided(0.01, logits, PARAMS)
     with pytest.raises(ValueError, match="prune_eps must be at least 0 and below 1, got 1"):
         guided(1, logits, PARAMS)
+
+
+ACTION = {"head_type": "action", "action_rank": 6}
+
+
+def expected_policies(models, logits, params, rerank):
+    """One row after the other, from full forward passes."""
+    policies = torch.zeros(len(params), VOCAB)
+    with torch.no_grad():
+        for row, (prefix, one) in enumerate(zip(PREFIXES.values(), params)):
+            reference, candidates = logits[row].topk(one.top_k)
+            reference = reference.log_softmax(0)
+            columns = [full_forward([model], prefix, candidates.tolist()) for model in models]
+            weights = torch.tensor(one.weights, dtype=torch.float32)
+            score = reference + one.beta * torch.cat(columns, 1) @ weights
+            again = score.topk(min(rerank, one.top_k)).indices
+            share = reference[again].softmax(0)
+            continued = torch.tensor([[*prefix, c] for c in candidates[again].tolist()])
+            for model, values in zip(models, columns):
+                if model.config.head_type == "action":
+                    own = model(continued).logits[:, -1]
+                    values += share @ (own - values[again])
+                    values[again] = own
+            score = reference + one.beta * torch.cat(columns, 1) @ weights
+            policies[row, candidates] = score.softmax(0)
+    return policies
+
+
+@pytest.mark.parametrize("rerank", [1, 3, 7])
+@pytest.mark.parametrize("blocks", [None, 3], ids=["room for all", "one after the other"])
+def test_reranked_candidates_have_the_values_of_their_own_position(logits, rerank, blocks):
+    models = [
+        make_model("llama", ("a", "b"), **ACTION),
+        make_model("mistral sliding", ("c",), seed=1),
+        make_model("llama", ("d",), seed=2, **ACTION),
+    ]
+    params = [
+        GuidanceParams(weights, beta=0.2, top_k=top_k)
+        for weights, top_k in (((1, 0.5, 0, 1), 20), ((-1, 0, 2, 0), 20), ((0, 1, 1, -1), 7))
+    ]
+    expected = expected_policies([plain(m) for m in models], logits, params, rerank)
+    token = 3 * 2 * 2 * 8 * 4 * len(models)  # bytes
+    memory = None if blocks is None else (1 + blocks) * 32 * token
+    engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH, kv_cache_memory=memory)
+    guide = Guide(engine, 3, rerank=rerank)
+    for slot, one in enumerate(params):
+        guide.start(slot, one)
+    for _ in range(2):  # prefixes that are new, and that are known
+        candidates, log_policy, _ = guide.log_probs(
+            logits,
+            np.arange(3),
+            np.array([len(tokens) for tokens in PREFIXES.values()]),
+            torch.tensor([tokens[-1] for tokens in PREFIXES.values()]),
+            lambda slot, start, stop: PREFIXES[slot][start:stop],
+        )
+        policies = torch.zeros(3, VOCAB).scatter(1, candidates, log_policy.exp())
+        torch.testing.assert_close(policies, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_reranking_where_there_is_nothing_to_rerank_is_refused():
+    engine = ValueEngine([make_model()], num_slots=1, max_length=MAX_LENGTH)
+    with pytest.raises(ValueError, match="rerank 4 is for action heads, and no value model has"):
+        Guide(engine, 1, rerank=4)
+    with pytest.raises(ValueError, match="rerank must not be negative, got -1"):
+        Guide(engine, 1, rerank=-1)

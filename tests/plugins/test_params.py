@@ -76,6 +76,8 @@ def test_a_bad_argument_is_refused_by_name(extra_args, message):
         ({"value_models": []}, "value_models must be"),
         ({"value_models": ["m"], "betta": 1}, "unknown key 'betta'.*beta"),
         ({"value_models": ["m"], "dtype": "int8"}, "dtype must be one of"),
+        ({"value_models": ["m"], "rerank": -1}, "rerank must be a number of candidates"),
+        ({"value_models": ["m"], "rerank": 2.5}, "rerank must be a number of candidates"),
         ({"value_models": ["m"], "weights": [1]}, "weights must be an object"),
         ({"value_models": ["m"], "weights": {"salty": 1}}, "unknown objective 'salty'"),
         ({"value_models": ["m"], "beta": -2}, "beta must not be negative"),
