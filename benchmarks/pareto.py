@@ -50,7 +50,7 @@ CONFLICT = ("readability", "rarity")
 BETAS = (4.0, 8.0, 16.0)
 AGAINST = 8.0  # the demo's beta
 BEST_OF = (4, 16, 64)
-TOP_K, MAX_TOKENS = 40, 48
+TOP_K = 40
 ROUND = 4  # unguided responses to a prompt that are sampled together
 METHODS = (
     "unguided", "MAVIS", "Rewarded Soups", "MOD", "MORLHF", "prompting", "best of N",
@@ -123,7 +123,7 @@ class Arms:
             *args,
             eos_token_id=self.tokenizer.eos_token_id,
             top_k=TOP_K,
-            max_tokens=MAX_TOKENS,
+            max_tokens=self.args.max_tokens,
             seed=seed,
             repeats=repeats,
         )
@@ -309,6 +309,16 @@ class Arms:
         return ",".join(digest(file) if file.exists() else "-" for file in files)
 
 
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes a folder for responses under these settings; refuses one with others'."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    if not path.exists():
+        path.write_text(json.dumps(settings) + "\n")
+    elif (found := json.loads(path.read_text())) != settings:
+        raise SystemExit(f"{folder} holds responses under {found}: give another --artifacts")
+
+
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
@@ -378,6 +388,7 @@ def main() -> None:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts/pareto"))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=Budget.max_tokens)
     parser.add_argument("--betas", nargs="+", type=float, default=list(BETAS))
     parser.add_argument("--best-of", nargs="+", type=int, default=list(BEST_OF))
     parser.add_argument("--steps", type=int, default=Budget.steps, help="of GRPO")
@@ -388,14 +399,14 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=ROOT / "docs/pareto")
     args = parser.parse_args()
     args.policies = args.artifacts / "policies"
-    args.artifacts.mkdir(parents=True, exist_ok=True)
+    claim(args.artifacts, {"base": str(args.base), "top_k": TOP_K, "max_tokens": args.max_tokens})
 
     chosen = set(args.methods or METHODS)
     if unknown := chosen - set(METHODS):
         parser.error(f"--methods {sorted(unknown)[0]!r}: choose from {', '.join(METHODS)}")
     training = {}
     if chosen & TUNED:
-        budget = Budget(steps=args.steps)
+        budget = Budget(steps=args.steps, max_tokens=args.max_tokens)
         train = read_prompts("train")
         training = train_all(args.policies, args.base, train, args.value_model, budget)
     prompts = read_prompts("test")[: args.prompts]
@@ -421,7 +432,7 @@ def main() -> None:
         "prompts": len(prompts),
         "seeds": args.seeds,
         "top_k": TOP_K,
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": args.max_tokens,
         "compute_of_guidance": arms.compute(),
         "instructions": INSTRUCTIONS,
         "kl_of_best_of_n": "log N - (N - 1) / N, an upper bound",

@@ -156,6 +156,7 @@ def test_fronts_of_tiny_models(base_model, tmp_path, monkeypatch):
         "--artifacts", tmp_path / "work", "--report", tmp_path / "front", "--prompts", "3",
         "--seeds", "2", "--betas", "1", "8", "--best-of", "2", "4", "--steps", "2",
         "--rollouts", tmp_path / "none",
+        "--max-tokens", "3",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     for _ in range(2):  # the second time nothing is left to sample

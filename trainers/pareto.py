@@ -178,7 +178,7 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
     """
     no_worse = (points[:, None] >= points[None]).all(-1)
     better = (points[:, None] > points[None]).any(-1)
-    return ~(no_worse & better).any(0)
+    return np.logical_not((no_worse & better).any(0))
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -588,19 +588,19 @@ def _plane(
             front = np.stack(chosen, axis=-2)  # [seeds, draws, points, objectives]
             volumes[method, strength] = np.median(hypervolume(front, reference), 0)
         for budget in kl_budgets:
-            front = []
+            lines = []
             for label in dict.fromkeys(_label(points[i].weights) for i in own):
                 line = [i for i in own if _label(points[i].weights) == label]
                 seeds = min(len(kls[i]) for i in line)
-                front.append(
+                lines.append(
                     at_kl(
                         np.stack([kls[i][:seeds] for i in line], axis=-1),
                         np.stack([gains[i][:seeds][..., columns] for i in line], axis=-2),
                         budget,
                     )
                 )
-            seeds = min(map(len, front))
-            stacked = np.stack([f[:seeds] for f in front], axis=-2)
+            seeds = min(map(len, lines))
+            stacked = np.stack([gain[:seeds] for gain in lines], axis=-2)
             if not np.isnan(stacked).any():
                 matched[budget][method] = np.median(hypervolume(stacked, reference), 0)
     center = np.array([np.median(gains[i][:, 0, columns], axis=0) for i in inside])

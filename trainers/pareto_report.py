@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def write_report(result: Mapping[str, Any], path: str | Path, intro: str = "") -> list[Path]:
     """
@@ -205,16 +207,17 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
                 and not {o for o, w in p["weights"].items() if w} - {x, y}
             ]
             own.sort(key=lambda p: p["weights"].get(x, 0.0))
-            gains = [
-                [[p["gain"][o][k] for k in ("value", "low", "high")] for p in own] for o in (x, y)
-            ]
             if not own:
                 continue
-            (xs, xl, xh), (ys, yl, yh) = (list(zip(*g)) for g in gains)
+            # [objectives, points, (value, low, high)]
+            gains = np.array(
+                [[[*map(p["gain"][o].get, ("value", "low", "high"))] for p in own] for o in (x, y)]
+            )
+            value, low, high = np.moveaxis(gains, -1, 0)
+            # A median over seeds may lie outside the interval of its bootstrap.
+            bars = np.maximum(np.stack([value - low, high - value], axis=1), 0)
             axis.errorbar(
-                xs, ys,
-                xerr=[[a - b for a, b in zip(xs, xl)], [b - a for a, b in zip(xs, xh)]],
-                yerr=[[a - b for a, b in zip(ys, yl)], [b - a for a, b in zip(ys, yh)]],
+                *value, xerr=bars[0], yerr=bars[1],
                 fmt="o-", ms=4, lw=1.2, elinewidth=0.4, color=colours[method],
                 alpha=0.45 + 0.55 * _rank(strength, [s for m, s in families if m == method]),
                 label=f"{method}, {strength:g}",
@@ -224,16 +227,13 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axis.legend(fontsize=7)
     for axis, plane in zip(axes[0][len(pairs) :], matched):
         for method in dict.fromkeys(row["method"] for row in plane["matched"]):
-            own = [row for row in plane["matched"] if row["method"] == method]
-            xs = [0.0] + [row["kl"] for row in own]
-            values = [plane["unguided"]] + [row["value"] for row in own]
-            axis.plot(xs, values, "o-", ms=3, color=colours[method], label=method)
-            axis.fill_between(
-                xs,
-                [plane["unguided"]] + [row["low"] for row in own],
-                [plane["unguided"]] + [row["high"] for row in own],
-                color=colours[method], alpha=0.12, lw=0,
-            )  # fmt: skip
+            rows = [row for row in plane["matched"] if row["method"] == method]
+            xs = [0.0, *(row["kl"] for row in rows)]
+            value, low, high = (
+                [plane["unguided"], *(row[key] for row in rows)] for key in ("value", "low", "high")
+            )
+            axis.plot(xs, value, "o-", ms=3, color=colours[method], label=method)
+            axis.fill_between(xs, low, high, color=colours[method], alpha=0.12, lw=0)
         axis.set_xlabel("KL to the base model, at most, nats a response")
         axis.set_ylabel(f"hypervolume: {', '.join(plane['objectives'])}")
         axis.legend(fontsize=7)
