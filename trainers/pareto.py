@@ -323,7 +323,7 @@ def sweep(
 
     Every point of every seed is a file in `folder`, written whole: an interrupted sweep goes on
     where it stopped, several processes may share the folder, and a changed reward function scores
-    the stored responses again. Seeds come last, so that a first front is complete early.
+    the stored responses again. Seeds are the outer loop, so that a first front is complete early.
 
     Args:
         policies (`list[Policy]`):

@@ -58,6 +58,21 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+def _by_budget(title: str, rows: Sequence[Mapping[str, Any]], sign: str = "") -> list[str]:
+    """A column for every KL budget, a row for every method."""
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        cells.setdefault(row["method"], []).append(_interval(row, sign=sign))
+    if not cells:
+        return []
+    budgets = dict.fromkeys(f"{row['kl']:g}" for row in rows)
+    return [
+        f"{title}, with at most so many nats of KL to the base model a response:",
+        "",
+        *_table(["method", *budgets], [[method, *row] for method, row in cells.items()]),
+    ]
+
+
 def to_markdown(result: Mapping[str, Any]) -> str:
     """
     Tables of the hypervolumes, the judges and all points.
@@ -96,31 +111,14 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             for row in plane["hypervolume"]
         ]
         lines += _table([*head, behind] if behind else head, rows)
-        budgets = list(dict.fromkeys(row["kl"] for row in plane["matched"]))
-        methods = list(dict.fromkeys(row["method"] for row in plane["matched"]))
-        at = {(row["method"], row["kl"]): row for row in plane["matched"]}
-        head = ["method", *(f"{budget:g}" for budget in budgets)]
-        for title, key in (("Hypervolume at", None), (behind, "behind")):
-            if not budgets or not title:
-                continue
-            if key:
-                title = f"{against['method']} ahead, at"
-            lines += [f"{title} at most so many nats of KL to the base model a response:", ""]
-            cells = {k: row if key is None else row.get(key) for k, row in at.items()}
-            sign = "+" if key else ""
-            lines += _table(
-                head,
-                [
-                    [
-                        m,
-                        *(
-                            _interval(cells[m, b], sign=sign) if cells.get((m, b)) else ""
-                            for b in budgets
-                        ),
-                    ]
-                    for m in methods
-                ],
-            )
+        lines += _by_budget("Hypervolume", plane["matched"])
+        if against:
+            others = [
+                {**row, **row["behind"]}
+                for row in plane["matched"]
+                if row["method"] != against["method"] and "behind" in row
+            ]
+            lines += _by_budget(f"{against['method']} ahead by", others, sign="+")
     if result["judges"]:
         lines += ["## Held-out judges", ""]
         lines += _table(
