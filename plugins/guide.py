@@ -22,10 +22,8 @@ class Guide:
         prune_eps: Candidates of a state head that cannot become likelier than this, within the
             range of values that their model has shown, are not valued and get probability 0. At 0
             the policy is exact. On a GPU it has to wait for the base model's logits each step.
-
-        rerank: Number of candidates whose values an action head's model reads at their own position,
-            as a state head does: those that the values read at the prefix make likeliest. At 0 all
-            values are the action head's.
+        rerank: Number of candidates whose values the model of an action head reads at their own
+            position, as a state head does: those that the action head makes likeliest.
 
     Attributes:
         rows: Rows guided so far.
