@@ -149,8 +149,13 @@ def collect(args: argparse.Namespace, models: Models) -> list[dict[str, Any]]:
     """Rewarded responses of every arm, appended to a file as they come."""
     args.artifacts.mkdir(parents=True, exist_ok=True)
     path = args.artifacts / "responses.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    done = [json.loads(line) for line in lines]  # a line is a job: an arm, an objective, a repeat
+    text = path.read_text() if path.exists() else ""
+    text = text[: text.rfind("\n") + 1]  # without the line that an interruption cut off
+    path.write_text(text)
+    names = ("base", "value_model", "beta", "top_k", "max_tokens", "prompts", "dtype")
+    settings = {name: getattr(args, name) for name in names}
+    # A line is a job: an arm, an objective, a repeat. Those of other settings stay where they are.
+    done = [job for job in map(json.loads, text.splitlines()) if job["settings"] == settings]
     known = {tuple(job["job"]) for job in done}
     jobs = [("plain", "", r) for r in range(args.plain_samples // N)]
     jobs += [(arm, o, 0) for o in models.objectives for arm in ("guided", "beams")]
@@ -167,8 +172,8 @@ def collect(args: argparse.Namespace, models: Models) -> list[dict[str, Any]]:
             found = getattr(rewards, o)(prompts=asked, completions=texts)
             for r, reward in zip(responses, found):
                 r[o] = reward
-        job = {"job": [arm, objective, repeat], "seconds": time.monotonic() - started}
-        done.append(job | {"responses": responses})
+        job = {"job": [arm, objective, repeat], "settings": settings, "responses": responses}
+        done.append(job | {"seconds": time.monotonic() - started})
         with path.open("a") as out:
             out.write(json.dumps(done[-1]) + "\n")
     return [job for job in done if tuple(job["job"]) in set(jobs)]
