@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _decoding, _policies, pareto
+from benchmarks import _decoding, _judges, _policies, pareto
 from tests.conftest import make_value_model
 from tests.reference import Reference
 from trimtab.plugins import GuidanceParams, MAVISValueModel, ValueEngine
@@ -171,3 +171,33 @@ def test_fronts_of_tiny_models(base_model, tmp_path, monkeypatch):
     assert {counts[other] for other in others} == {8}
     assert {p["seeds"] for p in result["points"] if p["strength"] == 4} == {1}  # one pool of 4
     assert set(result["training"]["policies"]) == set(_policies.POLICIES)
+    monkeypatch.setattr(sys, "argv", [*map(str, command[:-1]), "4"])
+    with pytest.raises(SystemExit, match="give another --artifacts"):
+        pareto.main()
+
+
+PARKS = [{"role": "user", "content": "Write two sentences about city parks."}]
+
+
+@pytest.mark.parametrize(
+    ("judge", "better", "worse"),
+    [
+        ("positivity", "What a lovely and happy day.", "What a horrible and sad day."),
+        ("readability", "The cat sat. It ate.", "Municipal administrations necessitate it."),
+        ("rarity", "Esoteric palimpsests obfuscate it.", "The children walked to the stores."),
+        ("relevance", "Parks make a city green.", "Write two sentences, they said."),
+    ],
+)
+def test_judges_tell_better_from_worse(judge, better, worse):
+    chess = [{"role": "user", "content": "Write two sentences about chess."}]
+    texts = [[{"role": "assistant", "content": text}] for text in (better, worse)]
+    prompts = [PARKS, PARKS, chess, chess]
+    high, low, *_ = getattr(_judges, judge)(prompts=prompts, completions=texts * 2)
+    assert high > low
+    assert np.isfinite(getattr(_judges, judge)(prompts=[PARKS], completions=[""])).all()
+
+
+def test_a_child_knows_regular_endings():
+    known = frozenset({"walk", "berry", "dance"})
+    words = ["walks", "walked", "walking", "berries", "danced", "ferries"]
+    assert [_judges.is_easy(word, known) for word in words] == [True] * 5 + [False]
