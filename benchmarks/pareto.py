@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +43,7 @@ from trimtab.trainers import (
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _judges
-from _decoding import Member, Sample, add_adapters, sample
+from _decoding import Member, add_adapters, sample
 from _policies import POLICIES, ROOT, Budget, read_prompts, rewards, train_all
 
 OBJECTIVES = ("positivity", "relevance", "readability", "rarity")
@@ -114,10 +115,14 @@ class Arms:
             for p in prompts
         ]
 
-    def sample(
+    def answer(
         self, prompts: Sequence[Any], *args: Any, seed: int, repeats: int = 1
-    ) -> list[Sample]:
-        return sample(
+    ) -> list[Response]:
+        """Responses of `_decoding.sample`, those of one prompt side by side."""
+        # A shared machine's clock says little about one thread; its CPU time does.
+        clock = time.process_time if self.device == "cpu" else time.perf_counter
+        started = clock()
+        samples = sample(
             self.base,
             self.ids(prompts),
             *args,
@@ -127,13 +132,11 @@ class Arms:
             seed=seed,
             repeats=repeats,
         )
-
-    def finish(self, samples: Sequence[Sample]) -> list[Response]:
-        texts = self.tokenizer.batch_decode(
-            [s.token_ids for s in samples], skip_special_tokens=True
-        )
+        seconds = (clock() - started) / len(samples)
+        ids = [s.token_ids for s in samples]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [
-            Response(text, s.token_ids, log_ratio=s.log_ratio, kl=s.kl)
+            Response(text, s.token_ids, log_ratio=s.log_ratio, kl=s.kl, seconds=seconds)
             for text, s in zip(texts, samples)
         ]
 
@@ -153,7 +156,7 @@ class Arms:
         """Unguided responses to each prompt, and their rewards `[prompts, stop - start]`."""
 
         def make(first: int) -> dict[str, Any]:
-            found = self.finish(self.sample(prompts, seed=10_000 + first, repeats=ROUND))
+            found = self.answer(prompts, seed=10_000 + first, repeats=ROUND)
             asked = [prompt for prompt in prompts for _ in range(ROUND)]
             texts = [r.text for r in found]
             scores = {o: getattr(rewards, o)(prompts=asked, completions=texts) for o in OBJECTIVES}
@@ -185,7 +188,12 @@ class Arms:
                 for name, weight in weights.items()
             )
             return [
-                Response(row[i].text, row[i].token_ids, cost=sum(len(r.token_ids) for r in row))
+                Response(
+                    row[i].text,
+                    row[i].token_ids,
+                    cost=sum(len(r.token_ids) for r in row),
+                    seconds=sum(r.seconds or 0.0 for r in row),
+                )
                 for row, i in zip(rows, np.argmax(total, axis=1))
             ]
 
@@ -196,7 +204,7 @@ class Arms:
             chosen = tuple(weights.get(name, 0.0) for name in self.guide.engine.objectives)
             for slot in range(len(prompts)):
                 self.guide.start(slot, GuidanceParams(chosen, beta=beta, top_k=TOP_K))
-            return self.finish(self.sample(prompts, (), self.guide, seed=seed))
+            return self.answer(prompts, (), self.guide, seed=seed)
 
         return respond
 
@@ -210,9 +218,7 @@ class Arms:
             [*p[:-1], {**p[-1], "content": f"{p[-1]['content']} In your answer, {text}."}]
             for p in prompts
         ]
-        return self.finish(
-            self.sample(prompts, [Member(self.base, self.ids(told), 1.0)], seed=seed)
-        )
+        return self.answer(prompts, [Member(self.base, self.ids(told), 1.0)], seed=seed)
 
     def adapter(self, name: str, steps: int) -> str:
         return str(self.args.policies / name.replace(" ", "_") / f"checkpoint-{steps}")
@@ -233,7 +239,7 @@ class Arms:
 
         def make() -> list[dict[str, Any]]:
             member = Member(self.soup(steps, {name: 1.0}), self.ids(prompts), 1.0)
-            return [vars(r) for r in self.finish(self.sample(prompts, [member], seed=seed))]
+            return [vars(r) for r in self.answer(prompts, [member], seed=seed)]
 
         adapter = digest(Path(self.adapter(name, steps)) / "adapter_model.safetensors")
         label = f"tuned-{name.replace(' ', '_')}-{steps}-{adapter}-{seed}"
@@ -244,7 +250,7 @@ class Arms:
             if len(weights) == 1:
                 return self.tuned(steps, next(iter(weights)), prompts, seed)
             member = Member(self.soup(steps, weights), self.ids(prompts), 1.0)
-            return self.finish(self.sample(prompts, [member], seed=seed))
+            return self.answer(prompts, [member], seed=seed)
 
         return respond
 
@@ -254,7 +260,7 @@ class Arms:
                 return self.tuned(steps, next(iter(weights)), prompts, seed)
             ids = self.ids(prompts)
             members = [Member(self.soup(steps, {n: 1.0}), ids, w) for n, w in weights.items()]
-            return self.finish(self.sample(prompts, members, seed=seed))
+            return self.answer(prompts, members, seed=seed)
 
         return respond
 
@@ -349,8 +355,9 @@ def intro(result: Mapping[str, Any]) -> str:
         f"* A guided token takes {given['compute_of_guidance']:.1f} times the multiply-adds of an "
         "unguided one: best-of-N of about this N is equal compute. A token of MOD takes one "
         "forward pass per objective, of Rewarded Soups and MORLHF one.",
-        "* Tokens/s are of this benchmark's loop, which measures KL along the way; "
-        "[serving.md](serving.md) has those of a server.",
+        "* Tokens/s are of this benchmark's loop, by CPU time of one thread where there is no GPU. "
+        "It runs the base model beside every other to measure KL; [serving.md](serving.md) has the "
+        "speed of a server.",
         "",
         "## What training cost",
         "",

@@ -43,6 +43,8 @@ class Response:
             Exact `KL(pi || pi_ref)` of every step, summed along the response, in nats.
         cost (`int`, *optional*):
             Tokens sampled to get it. By default its own; best-of-N counts all N.
+        seconds (`float`, *optional*):
+            Time it took. By default its share of the time of its batch.
     """
 
     text: str
@@ -50,6 +52,7 @@ class Response:
     log_ratio: float | None = None
     kl: float | None = None
     cost: int = -1
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.cost < 0:
@@ -108,8 +111,6 @@ class Point:
             Rewards, `[seeds, prompts]` float64 each.
         judged (`dict[str, np.ndarray]`):
             The same by the held-out judges.
-        seconds (`list[float]`):
-            Time that the responses of each seed took.
         kl_bound (`float`, *optional*):
             Of the [`Policy`].
     """
@@ -120,7 +121,6 @@ class Point:
     responses: list[list[Response]] = field(default_factory=list)
     rewards: dict[str, np.ndarray] = field(default_factory=dict)
     judged: dict[str, np.ndarray] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
     kl_bound: float | None = None
 
     @property
@@ -383,7 +383,6 @@ def sweep(
         progress.set_postfix_str(f"{point.method} {_label(point.weights)}, seed {seed}")
         stored = _stored(folder, policy, point, prompts, seed)
         point.responses.append([Response(**row) for row in stored["responses"]])
-        point.seconds.append(stored["seconds"])
         changed = False
         for kind, functions in scorers.items():
             kept = stored.setdefault(kind, {})
@@ -428,9 +427,11 @@ def _stored(
             f"policy {policy.method!r} returned {len(responses)} responses for {len(prompts)} "
             "prompts; it must return one for each"
         )
+    share = (time.monotonic() - started) / len(prompts)
+    for response in responses:
+        response.seconds = share if response.seconds is None else response.seconds
     stored = {
         **identity,
-        "seconds": time.monotonic() - started,
         "responses": [asdict(response) for response in responses],
     }
     _write(path, stored)
@@ -519,6 +520,10 @@ def evaluate(
         lengths = [[len(r.token_ids) for r in row] for row in point.responses]
         ratios = [[r.log_ratio for r in row] for row in point.responses]
         cost = sum(r.cost for row in point.responses for r in row)
+        speed = [
+            sum(length) / max(1e-9, sum(r.seconds or 0.0 for r in row))
+            for length, row in zip(lengths, point.responses)
+        ]
         entry: dict[str, Any] = {
             "method": point.method,
             "strength": point.strength,
@@ -532,7 +537,7 @@ def evaluate(
             "distinct_2": float(np.median([distinct_n(row, 2) for row in texts])),
             "length": float(np.mean(lengths)),
             "cost": cost / sum(map(len, point.responses)),
-            "tokens_per_second": sum(map(sum, lengths)) / max(sum(point.seconds), 1e-9),
+            "tokens_per_second": float(np.median(speed)),
         }
         entries.append(entry)
     fronts = [
