@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,7 @@ class ValueEngine:
             halves = []
             for h in np.array_split(np.arange(len(slots)), 2):
                 part = (slots[h], lengths[h], last_tokens[h], candidates[h], history, counts[h])
-                of_half = rerank and (lambda values, rows, h=h: rerank(values, h[rows]))
+                of_half = rerank and partial(_of_part, rerank, h)
                 halves.append(self.values(*part, of_half))
             return torch.cat(halves)
         self._clock += 1
@@ -435,6 +436,13 @@ class ValueEngine:
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()  # so that the copy does not wait for the device
         return tensor.to(self.device, non_blocking=True)
+
+
+def _of_part(
+    rerank: Rerank, part: np.ndarray, values: torch.Tensor, rows: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rerank` where the rows are counted within a part of its batch."""
+    return rerank(values, part[rows])
 
 
 def _kv_width(config: Any) -> int:

@@ -64,27 +64,23 @@ class Sampler(Protocol):
         """`weights` of the objectives choose the policy; None is the base model."""
 
 
+Step = tuple[np.ndarray, np.ndarray, np.ndarray]  # candidates, log pi, log pi_ref, [k] each
+
+
 def divergence(
-    tokens: np.ndarray,
-    candidates: np.ndarray,
-    log_policy: np.ndarray,
-    log_reference: np.ndarray,
-    temperature: float,
+    tokens: Sequence[int], steps: Sequence[Step], temperature: float
 ) -> tuple[list[float], list[float]]:
     """
     Log-ratios of sampled tokens and the KL of their steps.
 
     Args:
-        tokens (`np.ndarray`):
-            `[n]`, sampled tokens.
-        candidates (`np.ndarray`):
-            `[n, k]`, the candidates of their steps.
-        log_policy (`np.ndarray`):
-            `[n, k]`, `log pi` at temperature 1, `-inf` for impossible candidates.
-        log_reference (`np.ndarray`):
-            `[n, k]`, `log pi_ref` at temperature 1.
+        tokens (`list[int]`):
+            `n` sampled tokens.
+        steps (`list[tuple[np.ndarray, np.ndarray, np.ndarray]]`):
+            The candidates of their steps, `log pi` at temperature 1, `-inf` for impossible ones,
+            and `log pi_ref` at temperature 1, `[k]` each.
         temperature (`float`):
-            Temperature that both are sampled at.
+            Temperature that both policies are sampled at.
 
     Returns:
         `tuple[list[float], list[float]]`: `log pi / pi_ref` and `KL(pi || pi_ref)` in nats, `n`
@@ -95,10 +91,11 @@ def divergence(
         x = x.astype(np.float64) / temperature
         return x - np.logaddexp.reduce(x, axis=1, keepdims=True)
 
+    candidates, log_policy, log_reference = map(np.stack, zip(*steps))
     possible = np.isfinite(log_policy)
     log_policy, log_reference = normalise(log_policy), normalise(log_reference)
     ratio = np.subtract(log_policy, log_reference, where=possible, out=np.zeros(log_policy.shape))
-    taken = np.where(candidates == tokens[:, None], ratio, 0.0).sum(1)
+    taken = np.where(candidates == np.array(tokens)[:, None], ratio, 0.0).sum(1)
     return taken.tolist(), (np.exp(log_policy) * ratio).sum(1).tolist()
 
 
@@ -212,14 +209,15 @@ class VLLMSampler:
 
     def _add_divergence(self, prefixes: list[list[int]], pieces: list[Piece]) -> None:
         """Matches the steps that the logits processor has recorded with the tokens sampled."""
-        steps: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
+        steps: dict[tuple[int, int], Step] = {}
         # All ranks record the same. A step that is done again, after a preemption, counts once.
         for rollouts, prefix_lengths, *rows in self.llm.collective_rpc("take_recorded_steps")[0]:
             steps.update(zip(zip(rollouts.tolist(), prefix_lengths.tolist()), zip(*rows)))
         for i, (prefix, piece) in enumerate(zip(prefixes, pieces)):
-            taken = [steps[i, len(prefix) + t] for t in range(len(piece.tokens))]
             piece.log_ratios, piece.kls = divergence(
-                np.array(piece.tokens), *map(np.stack, zip(*taken)), self.config.temperature
+                piece.tokens,
+                [steps[i, len(prefix) + t] for t in range(len(piece.tokens))],
+                self.config.temperature,
             )
 
     def close(self) -> None:
@@ -377,10 +375,12 @@ class TransformersSampler:
             for row, (i, tokens) in enumerate(zip(rows, batch)):
                 piece = pieces[i] = Piece(cut_at_end(tokens, lengths[i], self.eos_token_ids))
                 if recorder is not None:
-                    steps = recorder.steps[: len(piece.tokens)]
-                    columns = (np.stack([column[row] for column in c]) for c in zip(*steps))
                     piece.log_ratios, piece.kls = divergence(
-                        np.array(piece.tokens), *columns, self.config.temperature
+                        piece.tokens,
+                        [(c[row], p[row], r[row]) for c, p, r in recorder.steps][
+                            : len(piece.tokens)
+                        ],
+                        self.config.temperature,
                     )
         return pieces
 
@@ -433,15 +433,14 @@ class Recorder(LogitsProcessor):
 
     def __init__(self, guide: MAVISLogitsProcessor) -> None:
         self.guide = guide
-        self.steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # [batch, k] each
+        self.steps: list[Step] = []  # [batch, k] each
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         guided = self.guide(input_ids, scores)
         log_policy, candidates = guided.topk(min(self.guide.params.top_k, guided.shape[-1]))
-        log_reference = scores.gather(1, candidates)
-        self.steps.append(
-            tuple(x.cpu().numpy() for x in (candidates, log_policy, log_reference.float()))
-        )
+        log_reference = scores.gather(1, candidates).float()
+        arrays = [x.cpu().numpy() for x in (candidates, log_policy, log_reference)]
+        self.steps.append((arrays[0], arrays[1], arrays[2]))
         return guided
 
 

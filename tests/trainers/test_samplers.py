@@ -79,12 +79,9 @@ def test_transformers_samples_the_guided_policy(value_model):
 
 
 def test_impossible_candidates_diverge_by_nothing():
-    candidates = np.array([[4, 5, 6]])
-    policy = np.log(
-        np.array([[0.5, 0.5, 0.0]]), where=[[True, True, False]], out=np.full((1, 3), -np.inf)
-    )
-    reference = np.log(np.array([[0.25, 0.75, 1e-9]]))
-    ratios, kls = divergence(np.array([5]), candidates, policy, reference, 1.0)
+    policy = np.array([np.log(0.5), np.log(0.5), -np.inf])
+    step = (np.array([4, 5, 6]), policy, np.log([0.25, 0.75, 1e-9]))
+    ratios, kls = divergence([5], [step], 1.0)
     assert ratios == pytest.approx([np.log(0.5 / 0.75)])
     assert kls == pytest.approx([0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)])
 
