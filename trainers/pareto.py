@@ -488,7 +488,8 @@ def evaluate(
 
     Returns:
         `dict[str, Any]`: `objectives`, `unguided` (mean and standard deviation of each reward),
-        `points`, `planes`, `judges` and `against`, ready for JSON.
+        `points`, `planes`, `judged_planes` (the same by the held-out judges, where every objective
+        has one), `judges` and `against`, ready for JSON.
     """
     base = [point for point in points if point.method == baseline]
     if len(base) != 1:
@@ -503,16 +504,7 @@ def evaluate(
         if unknown := sorted(set(plane) - set(objectives)):
             raise ValueError(f"`planes` names {unknown[0]!r}; the objectives are {objectives}")
     order = prompt_draws(base[0].rewards[objectives[0]].shape[1], draws)
-    mean = {o: base[0].rewards[o].mean() for o in objectives}
-    std = {o: _spread(base[0].rewards[o]) for o in objectives}
-
-    # [seeds, draws, objectives]: the baseline is drawn too, since its mean is a measurement.
-    plain = np.stack([base[0].rewards[o].mean(0)[order].mean(-1) for o in objectives], axis=-1)
-    scale = np.array([std[o] for o in objectives])
-    gains = [
-        (np.stack([p.rewards[o][:, order].mean(-1) for o in objectives], axis=-1) - plain) / scale
-        for p in points
-    ]
+    gains = _gains(points, base[0], "rewards", order)
     kls = [p.kl()[:, order].mean(-1) for p in points]  # [seeds, draws]
     entries = []
     for point, gain in zip(points, gains):
@@ -540,19 +532,40 @@ def evaluate(
             "tokens_per_second": float(np.median(speed)),
         }
         entries.append(entry)
-    fronts = [
-        _plane(plane, objectives, points, gains, kls, kl_budgets, baseline, against)
-        for plane in planes
-    ]
+    fronts = {}
+    for name, kind in (("planes", "rewards"), ("judged_planes", "judged")):
+        judged = [o for o in objectives if o in getattr(base[0], kind)]
+        seen = gains if kind == "rewards" else _gains(points, base[0], kind, order)
+        fronts[name] = [
+            _plane(plane, judged, points, seen, kls, kl_budgets, baseline, against)
+            for plane in planes
+            if set(plane) <= set(judged)
+        ]
     return {
         "objectives": objectives,
-        "unguided": {o: {"mean": float(mean[o]), "std": float(std[o])} for o in objectives},
+        "unguided": {
+            o: {"mean": float(base[0].rewards[o].mean()), "std": _spread(base[0].rewards[o])}
+            for o in objectives
+        },
         "against": None if against is None else {"method": against[0], "strength": against[1]},
         "prompts": order.shape[1],
         "points": entries,
-        "planes": fronts,
+        **fronts,
         "judges": _agreement(points, base[0], objectives, order),
     }
+
+
+def _gains(points: Sequence[Point], base: Point, kind: str, order: np.ndarray) -> list[np.ndarray]:
+    """Standardised gains over the baseline, `[seeds, draws, objectives]` of every point."""
+
+    def means(point: Point) -> np.ndarray:
+        columns = [scores[:, order].mean(-1) for scores in getattr(point, kind).values()]
+        return np.stack(columns, axis=-1) if columns else np.zeros((1, len(order), 0))
+
+    scale = np.array([_spread(scores) for scores in getattr(base, kind).values()])
+    # The baseline is drawn too, since its mean is a measurement.
+    plain = means(base).mean(0)
+    return [(means(point) - plain) / scale for point in points]
 
 
 def _spread(values: np.ndarray) -> float:

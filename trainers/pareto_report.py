@@ -73,6 +73,33 @@ def _by_budget(title: str, rows: Sequence[Mapping[str, Any]], sign: str = "") ->
     ]
 
 
+def _plane(plane: Mapping[str, Any], against: Mapping[str, Any] | None) -> list[str]:
+    """The hypervolumes of one plane."""
+    behind = against and f"{against['method']} {against['strength']:g} ahead by"
+    head = ["method", "strength", "points", "on the joint front", "hypervolume"]
+    rows = [
+        [
+            row["method"],
+            f"{row['strength']:g}",
+            str(row["points"]),
+            str(row["on_joint_front"]),
+            _interval(row, sign=""),
+            *([_interval(row["behind"])] if behind else []),
+        ]
+        for row in plane["hypervolume"]
+    ]
+    lines = _table([*head, behind] if behind else head, rows)
+    lines += _by_budget("Hypervolume", plane["matched"])
+    if against:
+        others = [
+            {**row, **row["behind"]}
+            for row in plane["matched"]
+            if row["method"] != against["method"] and "behind" in row
+        ]
+        lines += _by_budget(f"{against['method']} ahead by", others, sign="+")
+    return lines
+
+
 def to_markdown(result: Mapping[str, Any]) -> str:
     """
     Tables of the hypervolumes, the judges and all points.
@@ -96,29 +123,11 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             "The reference lies one standard deviation below the unguided mean, which is worth "
             f"{plane['unguided']:g}.",
             "",
+            *_plane(plane, against),
         ]
-        behind = against and f"{against['method']} {against['strength']:g} ahead by"
-        head = ["method", "strength", "points", "on the joint front", "hypervolume"]
-        rows = [
-            [
-                row["method"],
-                f"{row['strength']:g}",
-                str(row["points"]),
-                str(row["on_joint_front"]),
-                _interval(row, sign=""),
-                *([_interval(row["behind"])] if behind else []),
-            ]
-            for row in plane["hypervolume"]
-        ]
-        lines += _table([*head, behind] if behind else head, rows)
-        lines += _by_budget("Hypervolume", plane["matched"])
-        if against:
-            others = [
-                {**row, **row["behind"]}
-                for row in plane["matched"]
-                if row["method"] != against["method"] and "behind" in row
-            ]
-            lines += _by_budget(f"{against['method']} ahead by", others, sign="+")
+    for plane in result["judged_planes"]:
+        lines += [f"## Hypervolume by the held-out judges: {', '.join(plane['objectives'])}", ""]
+        lines += _plane(plane, against)
     if result["judges"]:
         lines += ["## Held-out judges", ""]
         lines += _table(

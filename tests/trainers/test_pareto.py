@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -315,6 +316,14 @@ def test_judges_that_disagree_are_named(result):
     }
     assert agrees["blue", "weak", 2] is True
     assert agrees["red", "weak", 2] is False
+
+
+def test_hypervolumes_by_the_judges_are_those_of_their_scores(result):
+    result, points = result
+    judged = [dataclasses.replace(p, rewards=p.judged, judged={}) for p in points]
+    expected = evaluate(judged, kl_budgets=[5.0, 20.0], against=("strong", 1.0), draws=200)
+    assert result["judged_planes"] == expected["planes"] != result["planes"]
+    assert expected["judged_planes"] == []
 
 
 def test_what_is_compared_must_be_there(result):
