@@ -50,6 +50,8 @@ OBJECTIVES = ("positivity", "relevance", "readability", "rarity")
 CONFLICT = ("readability", "rarity")
 BETAS = (4.0, 8.0, 16.0)
 AGAINST = 8.0  # the demo's beta
+# A hypervolume from -1 asks that no objective is given up; one from -4 hardly does.
+REFERENCES = (1.0, 4.0)
 BEST_OF = (4, 16, 64)
 TOP_K = 40
 ROUND = 4  # unguided responses to a prompt that are sampled together
@@ -431,7 +433,7 @@ def main() -> None:
     if args.methods:
         return
     against = ("MAVIS", AGAINST if AGAINST in args.betas else args.betas[0])
-    result = evaluate(points, [CONFLICT], args.kl_budgets, against=against)
+    result = evaluate(points, [CONFLICT], args.kl_budgets, against=against, references=REFERENCES)
     result["parameters"] = {
         "base": str(args.base),
         "value_model": str(args.value_model),

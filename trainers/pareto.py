@@ -23,8 +23,6 @@ from tqdm.auto import tqdm
 
 from .rewards import compute_rewards, identify, load_reward_funcs
 
-REFERENCE_SD = 1.0  # of the unguided reward, below its mean: where a hypervolume begins
-
 
 @dataclass
 class Response:
@@ -460,14 +458,14 @@ def evaluate(
     kl_budgets: Sequence[float] = (),
     baseline: str = "unguided",
     against: tuple[str, float] | None = None,
+    references: Sequence[float] = (1.0,),
     draws: int = 2000,
 ) -> dict[str, Any]:
     """
     What every point gives and costs, and the hypervolume of every method, with intervals.
 
-    Gains are in standard deviations of the baseline's reward. The reference of a hypervolume lies
-    one of them below the baseline's mean in every objective. Medians over the seeds; 95 % bootstrap
-    intervals over the prompts, paired between methods.
+    Gains are in standard deviations of the baseline's reward. Medians over the seeds; 95 %
+    bootstrap intervals over the prompts, paired between methods.
 
     Args:
         points (`list[Point]`):
@@ -483,6 +481,10 @@ def evaluate(
         against (`tuple[str, float]`, *optional*):
             Method and strength that the others are subtracted from, their hypervolumes paired by
             prompt: positive where it is ahead. At equal KL the method alone counts.
+        references (`list[float]`, *optional*, defaults to `[1.0]`):
+            Where a hypervolume begins: so many standard deviations below the baseline's mean, in
+            every objective. Points beyond it in one objective count for nothing, so a nearer
+            reference asks that no objective is given up. Further ones show what depends on it.
         draws (`int`, *optional*, defaults to `2000`):
             Bootstrap samples.
 
@@ -537,7 +539,15 @@ def evaluate(
         judged = [o for o in objectives if o in getattr(base[0], kind)]
         seen = gains if kind == "rewards" else _gains(points, base[0], kind, order)
         fronts[name] = [
-            _plane(plane, judged, points, seen, kls, kl_budgets, baseline, against)
+            {
+                **_plane(
+                    plane, judged, points, seen, kls, kl_budgets, baseline, against, references[0]
+                ),
+                "other_references": [
+                    _plane(plane, judged, points, seen, kls, (), baseline, against, below)
+                    for below in references[1:]
+                ],
+            }
             for plane in planes
             if set(plane) <= set(judged)
         ]
@@ -587,10 +597,11 @@ def _plane(
     kl_budgets: Sequence[float],
     baseline: str,
     against: tuple[str, float] | None,
+    below: float,
 ) -> dict[str, Any]:
     """Hypervolumes in the space of some objectives, of every method, and at equal KL."""
     columns = [objectives.index(o) for o in plane]
-    reference = np.full(len(plane), -REFERENCE_SD)
+    reference = np.full(len(plane), -below)
     inside = [
         i
         for i, point in enumerate(points)
@@ -625,6 +636,7 @@ def _plane(
     on_front = dict(zip(inside, pareto_front(center))) if inside else {}
     result: dict[str, Any] = {
         "objectives": plane,
+        "reference": -below,
         "unguided": float(hypervolume(np.zeros((1, len(plane))), reference)),
         "hypervolume": [],
         "matched": [],

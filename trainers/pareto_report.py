@@ -88,7 +88,26 @@ def _plane(plane: Mapping[str, Any], against: Mapping[str, Any] | None) -> list[
         ]
         for row in plane["hypervolume"]
     ]
-    lines = _table([*head, behind] if behind else head, rows)
+    lines = [
+        f"From {-plane['reference']:g} standard deviations below the unguided mean in every "
+        f"objective; the unguided model is worth {plane['unguided']:g}.",
+        "",
+        *_table([*head, behind] if behind else head, rows),
+    ]
+    for other in plane.get("other_references", []):
+        lines += [f"From {-other['reference']:g} below, {other['unguided']:g} unguided:", ""]
+        lines += _table(
+            ["method", "strength", "hypervolume", *([behind] if behind else [])],
+            [
+                [
+                    row["method"],
+                    f"{row['strength']:g}",
+                    _interval(row, sign=""),
+                    *([_interval(row["behind"])] if behind else []),
+                ]
+                for row in other["hypervolume"]
+            ],
+        )
     lines += _by_budget("Hypervolume", plane["matched"])
     if against:
         others = [
@@ -119,12 +138,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     ]
     for plane in result["planes"]:
         lines += [f"## Hypervolume: {', '.join(plane['objectives'])}", ""]
-        lines += [
-            "The reference lies one standard deviation below the unguided mean, which is worth "
-            f"{plane['unguided']:g}.",
-            "",
-            *_plane(plane, against),
-        ]
+        lines += _plane(plane, against)
     for plane in result["judged_planes"]:
         lines += [f"## Hypervolume by the held-out judges: {', '.join(plane['objectives'])}", ""]
         lines += _plane(plane, against)

@@ -145,6 +145,7 @@ def against_red(completions, **kwargs):
 
 
 REWARDS = {"red": red, "blue": blue}
+R = (1.0, 3.0)
 WEIGHTS = [{"red": 1.0}, {"red": 0.5, "blue": 0.5}, {"blue": 1.0}]
 
 
@@ -242,7 +243,9 @@ def result(tmp_path):
         policies(), PROMPTS, WEIGHTS, REWARDS, tmp_path, seeds=2,
         judges={"red": against_red, "blue": blue},
     )  # fmt: skip
-    return evaluate(points, kl_budgets=[5.0, 20.0], against=("strong", 1.0), draws=200), points
+    return evaluate(
+        points, kl_budgets=[5.0, 20.0], against=("strong", 1.0), draws=200, references=R
+    ), points
 
 
 def test_gains_are_exact_where_the_noise_is_shared(result):
@@ -279,6 +282,11 @@ def test_hypervolumes_of_methods_and_at_equal_kl(result):
     def volume(*fronts):
         return np.median([by_inclusion_and_exclusion(f, np.full(2, -1.0)) for f in fronts])
 
+    (far,) = plane["other_references"]
+    assert (far["reference"], far["unguided"], far["matched"]) == (-3.0, 9.0, [])
+    fronts = [front("weak", 1, s) + 3 for s in (0, 1)]
+    expected = np.median([by_inclusion_and_exclusion(f, np.zeros(2)) for f in fronts])
+    assert far["hypervolume"][0]["value"] == pytest.approx(expected)
     found = {(row["method"], row["strength"]): row for row in plane["hypervolume"]}
     assert found["weak", 1]["value"] == pytest.approx(
         volume(front("weak", 1, 0), front("weak", 1, 1))
@@ -321,7 +329,9 @@ def test_judges_that_disagree_are_named(result):
 def test_hypervolumes_by_the_judges_are_those_of_their_scores(result):
     result, points = result
     judged = [dataclasses.replace(p, rewards=p.judged, judged={}) for p in points]
-    expected = evaluate(judged, kl_budgets=[5.0, 20.0], against=("strong", 1.0), draws=200)
+    expected = evaluate(
+        judged, kl_budgets=[5.0, 20.0], against=("strong", 1.0), draws=200, references=R
+    )
     assert result["judged_planes"] == expected["planes"] != result["planes"]
     assert expected["judged_planes"] == []
 
