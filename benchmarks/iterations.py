@@ -75,7 +75,21 @@ def train(seed: int, args: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=True)
     measured = json.loads((out / "iterations.json").read_text())
     minutes = (time.monotonic() - started) / 60
-    (out / "result.json").write_text(json.dumps({**measured, "minutes": minutes}))
+    result = {"parameters": parameters_of(args), **measured, "minutes": minutes}
+    (out / "result.json").write_text(json.dumps(result))
+
+
+def parameters_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the results depend on, but for the seeds."""
+    return {
+        k: v for k, v in vars(args).items() if k not in ("artifacts", "out", "train_seed", "seeds")
+    }
+
+
+def stored(path: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The result of a seed, if there is one of these parameters."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return result if result.get("parameters") == parameters_of(args) else None
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
