@@ -13,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ def train(seed: int, args: argparse.Namespace) -> None:
         )
 
     out = args.artifacts / "iterations" / f"seed-{seed}"
-    started = time.monotonic()
     trainer = MAVISTrainer(
         model=str(smollm2(args.artifacts / "smollm2")),
         args=MAVISConfig(
@@ -74,8 +72,7 @@ def train(seed: int, args: argparse.Namespace) -> None:
     )
     trainer.train(resume_from_checkpoint=True)
     measured = json.loads((out / "iterations.json").read_text())
-    minutes = (time.monotonic() - started) / 60
-    result = {"parameters": parameters_of(args), **measured, "minutes": minutes}
+    result = {"parameters": parameters_of(args), **measured}
     (out / "result.json").write_text(json.dumps(result))
 
 
