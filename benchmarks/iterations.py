@@ -145,20 +145,15 @@ def main() -> None:
         return
     results = []
     for seed in args.seeds:
-        result = args.artifacts / "iterations" / f"seed-{seed}" / "result.json"
-        if not result.exists():
+        path = args.artifacts / "iterations" / f"seed-{seed}" / "result.json"
+        if stored(path, args) is None:
             # A process of its own: vLLM and the random state begin anew.
             command = [sys.executable, __file__, *sys.argv[1:], "--train-seed", str(seed)]
             subprocess.run(command, check=True)
-        results.append(json.loads(result.read_text()))
+        results.append(json.loads(path.read_text()))
     policies = summarise(results)
-    parameters = {
-        k: v for k, v in vars(args).items() if k not in ("artifacts", "out", "train_seed")
-    }
-    args.out.write_text(
-        json.dumps({"parameters": parameters, "policies": policies, "seeds": results}, indent=2)
-        + "\n"
-    )
+    found = {"parameters": parameters_of(args), "policies": policies, "seeds": results}
+    args.out.write_text(json.dumps(found, indent=2) + "\n")
     text = table(policies, args.beta)
     args.out.with_suffix(".md").write_text(text)
     plot_policies(policies, args.beta, args.out.with_suffix(".png"))
