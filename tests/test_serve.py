@@ -126,7 +126,7 @@ def test_rollouts_are_sampled_over_http(client, smollm2, quality):
     seeds = list(range(300))
     pieces = sampler([prompt] * 300, [1] * 299 + [12], seeds)
     assert 1 < len(pieces[-1].tokens) <= 12
-    policy = Reference(smollm2, []).distribution(prompt, (), 1.0, TOP_K)
+    policy = Reference(smollm2, [quality]).distribution(prompt, (0.0, 0.0), 0.0, TOP_K)
     counts = np.bincount([piece.tokens[0] for piece in pieces])
     observed = [counts[token] if token < len(counts) else 0 for token in policy]
     assert sum(observed) == 300, "only the base model's likeliest tokens are sampled"
