@@ -119,7 +119,7 @@ def test_rollouts_are_sampled_over_http(client, smollm2, quality):
     from trimtab.trainers.rollouts import TreeConfig
     from trimtab.trainers.samplers import ServerSampler
 
-    sampler = ServerSampler(str(client.base_url), TreeConfig(top_k=TOP_K), {2})
+    sampler = ServerSampler(str(smollm2), str(client.base_url), TreeConfig(top_k=TOP_K), {2})
     prompt = AutoTokenizer.from_pretrained(smollm2).apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_dict=False
     )

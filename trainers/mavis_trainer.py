@@ -336,7 +336,7 @@ class MAVISTrainer(ValueModelTrainer):
         value_models = [] if self._iteration == 0 else [str(self._value_model(self._iteration - 1))]
         config, ends = self.tree_config, self.eos_token_ids
         if args.vllm_server_base_url:
-            self._sampler = ServerSampler(args.vllm_server_base_url, config, ends)
+            self._sampler = ServerSampler(self.base_model, args.vllm_server_base_url, config, ends)
         elif args.use_vllm:
             if self.accelerator.num_processes > 1:
                 raise ValueError(

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
+from transformers.utils import logging
 
 from trimtab.plugins.adapters import load_value_models
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 if TYPE_CHECKING:
     from .rollouts import TreeConfig
+
+logger = logging.get_logger(__name__)
 
 SERVER_REQUESTS = 64  # that wait at once
 SERVER_RETRIES = 5  # of a request, with growing pauses
@@ -234,6 +237,8 @@ class ServerSampler:
     Samples from a vLLM server, over its OpenAI-compatible API. Base model only.
 
     Args:
+        model (`str`):
+            Id or path of the base model that the server should serve.
         base_url (`str`):
             URL of the server, for example `"http://localhost:8000"`.
         config (`TreeConfig`):
@@ -242,9 +247,11 @@ class ServerSampler:
             Tokens that end a response.
     """
 
-    def __init__(self, base_url: str, config: TreeConfig, eos_token_ids: set[int]) -> None:
+    def __init__(
+        self, model: str, base_url: str, config: TreeConfig, eos_token_ids: set[int]
+    ) -> None:
         try:
-            from openai import OpenAI
+            from openai import APIError, OpenAI
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "vllm_server_base_url needs openai; pip install openai", name="openai"
@@ -252,8 +259,21 @@ class ServerSampler:
         self.base_url = f"{base_url.rstrip('/').removesuffix('/v1')}/v1"
         self.config = config
         self.eos_token_ids = sorted(eos_token_ids)
-        with OpenAI(base_url=self.base_url, api_key=server_key()) as client:
-            self.model = client.models.list().data[0].id
+        try:
+            with OpenAI(base_url=self.base_url, api_key=server_key()) as client:
+                served = client.models.list().data
+        except APIError as error:
+            raise ConnectionError(
+                f"no vLLM server answers at vllm_server_base_url={base_url!r} ({error}); start "
+                f"`vllm serve {model}` there, or leave it out to sample in this process"
+            ) from error
+        names = {name: one.id for one in served for name in (one.id, getattr(one, "root", None))}
+        if model not in names:
+            logger.warning(
+                f"the server at {base_url!r} serves {[one.id for one in served]}, not by the name "
+                f"{model!r}: make sure that it is the base model, whose responses are learnt from"
+            )
+        self.model = names.get(model, served[0].id)
 
     def __call__(
         self,
@@ -290,7 +310,13 @@ class ServerSampler:
                         "return_token_ids": True,
                     },
                 )
-            return Piece(list(answer.choices[0].token_ids))
+            tokens = getattr(answer.choices[0], "token_ids", None)
+            if not tokens:
+                raise ValueError(
+                    f"the server at {self.base_url!r} returned no token ids; it must be vLLM, "
+                    "0.32 or later"
+                )
+            return Piece(list(tokens))
 
         async with AsyncOpenAI(
             base_url=self.base_url, api_key=server_key(), max_retries=SERVER_RETRIES

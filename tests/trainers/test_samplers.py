@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,12 @@ from scipy.stats import chisquare
 
 from trimtab.plugins import MAVISValueModel
 from trimtab.trainers.rollouts import TreeConfig
-from trimtab.trainers.samplers import TransformersSampler, cut_at_end, divergence
+from trimtab.trainers.samplers import (
+    ServerSampler,
+    TransformersSampler,
+    cut_at_end,
+    divergence,
+)
 
 from .conftest import END, make_model, make_tokenizer
 
@@ -205,3 +211,11 @@ def test_vllm_samples_the_guided_policy(base_model, value_model):
             sampler.close()
         """
     )
+
+
+def test_server_that_does_not_answer_is_named(base_model):
+    with socket.socket() as probe:  # a port that nobody listens at
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"vllm_server_base_url='{url}'.*vllm serve"):
+            ServerSampler(base_model, url, TreeConfig(), {END})
