@@ -19,6 +19,10 @@ def guided(prune_eps, logits, params, **fields):
     guide = Guide(ValueEngine([model], num_slots=3, max_length=MAX_LENGTH), 3, prune_eps)
     for slot, one in enumerate(params):
         guide.start(slot, one)
+    return policies_of(guide, logits), guide
+
+
+def policies_of(guide, logits):
     candidates, log_policy, _ = guide.log_probs(
         logits,
         np.arange(3),
@@ -26,7 +30,7 @@ def guided(prune_eps, logits, params, **fields):
         torch.tensor([tokens[-1] for tokens in PREFIXES.values()]),
         lambda slot, start, stop: PREFIXES[slot][start:stop],
     )
-    return torch.zeros(3, VOCAB).scatter(1, candidates, log_policy.exp()), guide
+    return torch.zeros(3, VOCAB).scatter(1, candidates, log_policy.exp())
 
 
 @pytest.fixture
@@ -123,15 +127,7 @@ def test_reranked_candidates_have_the_values_of_their_own_position(logits, reran
     for slot, one in enumerate(params):
         guide.start(slot, one)
     for _ in range(2):  # prefixes that are new, and that are known
-        candidates, log_policy, _ = guide.log_probs(
-            logits,
-            np.arange(3),
-            np.array([len(tokens) for tokens in PREFIXES.values()]),
-            torch.tensor([tokens[-1] for tokens in PREFIXES.values()]),
-            lambda slot, start, stop: PREFIXES[slot][start:stop],
-        )
-        policies = torch.zeros(3, VOCAB).scatter(1, candidates, log_policy.exp())
-        torch.testing.assert_close(policies, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(policies_of(guide, logits), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_reranking_where_there_is_nothing_to_rerank_is_refused():
