@@ -1,8 +1,8 @@
 """What an iteration of MAVIS has gained: reward, KL and the regularised objective of its policy.
 
-Iteration `n` samples from the policy of iteration `n - 1`. With exact values it ends with a policy of
-a higher `reward - KL / beta` (arXiv 2508.13415, section 4); with learnt ones that is to be measured,
-and this file does, on held-out prompts.
+Iteration `n` samples from the policy of iteration `n - 1`. With exact values it ends with a policy
+of a higher `reward - KL / beta` (arXiv 2508.13415, section 4); with learnt ones that has to be
+measured, and this file does, on held-out prompts.
 """
 
 from __future__ import annotations

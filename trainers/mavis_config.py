@@ -55,8 +55,8 @@ class MAVISConfig(TrainingArguments):
             Number of iterations. The first samples from the base model, each other one from the
             policies that the last one's values guide, one for every objective.
         beta (`float`, *optional*, defaults to `1.0`):
-            Strength of the guidance that later iterations sample with. They are measured by `reward -
-            KL / beta`, in standardised rewards and nats.
+            Strength of the guidance that later iterations sample with. They are measured by
+            `reward - KL / beta`, in standardised rewards and nats.
         kl_penalty (`float`, *optional*):
             What a nat of KL to the base model costs a response, in standardised rewards. If `None`,
             it defaults to `1 / beta`.
