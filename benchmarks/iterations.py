@@ -133,11 +133,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/iterations.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_iterations", type=int, default=3)
-    parser.add_argument("--beta", type=float, default=2.0)
+    parser.add_argument("--beta", type=float, default=8.0)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--top_k", type=int, default=20)
     parser.add_argument("--train_prompts", type=int, default=64)
-    parser.add_argument("--test_prompts", type=int, default=32)
+    parser.add_argument("--test_prompts", type=int, default=40)
     parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train_seed is not None:

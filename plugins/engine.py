@@ -149,6 +149,15 @@ class ValueEngine:
         return None if None in ranges else tuple(x for r in ranges for x in r or ())
 
     @property
+    def candidate_scale(self) -> tuple[float, ...]:
+        """Factor of the values where they guide, per objective; see [`MAVISValueConfig`]."""
+        return tuple(
+            scale
+            for config in (model.config for model in self.models)
+            for scale in config.candidate_scale or [1.0] * len(config.objectives or ())
+        )
+
+    @property
     def reads_candidates(self) -> bool:
         """Whether some model reads the candidates themselves, so that fewer of them cost less."""
         return None in self._action_tables

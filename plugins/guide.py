@@ -68,7 +68,8 @@ class Guide:
         self.engine.release(slot)
         self.guided[slot] = params.guides
         budget = np.inf if params.kl_budget is None else params.kl_budget
-        self._params[slot] = (*params.weights, params.beta, params.top_k, budget)
+        weights = np.multiply(params.weights, self.engine.candidate_scale)
+        self._params[slot] = (*weights, params.beta, params.top_k, budget)
         return params.guides
 
     @torch.inference_mode()

@@ -206,7 +206,7 @@ def beam_search(
     )
     propose = (_VLLMProposer if _is_vllm(model) else _TransformersProposer)(model, params.top_k)
     slots = _Slots(engine, prompts, num_beams)
-    weight = beta * torch.tensor(params.weights)
+    weight = beta * torch.tensor(params.weights) * torch.tensor(engine.candidate_scale)
     live = [_Beam(i, [], row=i) for i in range(len(prompts))]
     ended: list[list[_Beam]] = [[] for _ in prompts]  # the best `num_beams` of each, best first
     for length in range(1, max_new_tokens + 1):

@@ -46,6 +46,8 @@ class MAVISValueConfig(PreTrainedConfig):
         action_rank: Width of `U_i h` and `P` of an action head.
         candidate_range: Largest difference between the values of two candidates of one prefix that
             was observed, per objective; candidate pruning relies on it. None if not measured.
+        candidate_scale: Factor of the values where they guide, per objective, 0 to 1: how much of
+            the differences that they predict between candidates responses bear out. None is 1.
         top_k: Number of candidates that the model was trained to guide among.
         base_model: Name or path of the base model whose responses it was trained on.
         base_model_fingerprint: See [`base_model_fingerprint`].
@@ -66,6 +68,7 @@ class MAVISValueConfig(PreTrainedConfig):
     head_type: str = "state"
     action_rank: int = 128
     candidate_range: list[float] | None = None
+    candidate_scale: list[float] | None = None
     top_k: int = 40
     base_model: str | None = None
     base_model_fingerprint: str | None = None
@@ -101,6 +104,14 @@ class MAVISValueConfig(PreTrainedConfig):
                 raise ValueError(
                     "candidate_range must be a number that is not negative for each of "
                     f"{objectives}, got {ranges}"
+                )
+            scales = self.candidate_scale
+            if scales is not None and not (
+                len(scales) == count and all(0 <= scale <= 1 for scale in scales)
+            ):
+                raise ValueError(
+                    f"candidate_scale must be a number from 0 to 1 for each of {objectives}, got "
+                    f"{scales}"
                 )
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"head_type must be one of {HEAD_TYPES}, got {self.head_type!r}")

@@ -16,8 +16,11 @@ from tqdm.auto import tqdm
 
 from trimtab.plugins.value_model import MAVISValueModel
 
+from .pareto import interval, prompt_draws
+
 RANGE_SEQUENCES = 32  # that a candidate range is measured on
 RANGE_POSITIONS = 32  # in each
+SLOPE_POSITIONS = 32  # whose candidates are read together: their mask is a square
 
 
 @torch.no_grad()
@@ -27,7 +30,7 @@ def add_candidates(
     teachers: Sequence[MAVISValueModel],
     collate: Any,
     top_k: int,
-    positions_per_sequence: int,
+    positions_per_sequence: int | None,
     eos_token_ids: set[int],
     accelerator: Any,
     seed: int = 0,
@@ -51,8 +54,8 @@ def add_candidates(
             Makes that mask.
         top_k (`int`):
             Number of candidates, `k`.
-        positions_per_sequence (`int`):
-            Number of prefixes, drawn at random; fewer where a sequence has fewer.
+        positions_per_sequence (`int`, *optional*):
+            Number of prefixes, drawn at random; fewer where a sequence has fewer. All if `None`.
         eos_token_ids (`set[int]`):
             Tokens that end a response: nothing follows them.
         accelerator ([`~accelerate.Accelerator`]):
@@ -134,3 +137,81 @@ def candidate_differences(
         ranges.append(values.amax(1) - values.amin(1))
     model.train(training)
     return torch.cat(ranges)
+
+
+@torch.no_grad()
+def advantage_slopes(
+    model: MAVISValueModel, sequences: Sequence[dict[str, Any]], collate: Any, accelerator: Any
+) -> list[dict[str, float]]:
+    """
+    How much of the differences that a model predicts between candidates their returns bear out.
+
+    The predicted advantage of a token that was sampled after a prefix is its value less the mean
+    value of the candidates, and its return's excess is the label less the value of the prefix. The
+    slope of the second on the first is the factor of the values with which a small `beta` gains
+    most `reward - KL / beta`: the covariance of the two is the gain in reward, and the variance of
+    the first twice the KL, each by its power of `beta`. Noise in values lowers it.
+
+    Args:
+        model ([`~trimtab.plugins.MAVISValueModel`]):
+            Either head.
+        sequences (`list[dict[str, Any]]`):
+            What [`add_candidates`] made of all prefixes of rollouts of the base model, which the
+            model has not learnt from. The processes share them.
+        collate ([`DataCollatorForTrees`]):
+            Makes their batches.
+        accelerator ([`~accelerate.Accelerator`]):
+            The trainer's.
+
+    Returns:
+        `list[dict[str, float]]`: `value`, `low` and `high` for every objective, a 95 % bootstrap
+        interval over the trees.
+    """
+    training = model.training
+    model.eval()
+    device = model.head.weight.device
+    show = accelerator.is_main_process
+    mine = range(accelerator.process_index, len(sequences), accelerator.num_processes)
+    sums = []  # tree, then covariances and variances of its tokens, [2, n_objectives]
+    for i in tqdm(mine, desc="Advantages of tokens", disable=not show):
+        sequence = {k: v for k, v in sequences[i].items() if not k.startswith("teacher_")}
+        positions, labels = sequence["candidate_positions"], sequence["labels"]
+        taken = np.flatnonzero((sequence["depths"] > 0) & ~np.isnan(labels).all(-1))
+        prefixes = np.searchsorted(positions, sequence["previous"][taken])
+        total = np.zeros((2, labels.shape[1]))
+        for start in range(0, len(positions), SLOPE_POSITIONS):
+            part = slice(start, start + SLOPE_POSITIONS)
+            rows = ("candidate_positions", "candidates", "candidate_log_probs")
+            batch = collate([sequence | {name: sequence[name][part] for name in rows}])
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            with accelerator.autocast():
+                outputs = model(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    position_ids=batch["position_ids"],
+                    candidates=batch["candidates"],
+                    candidate_positions=batch["candidate_positions"],
+                )
+            values = outputs.candidate_logits[0].double().cpu().numpy()  # [n, k, n_objectives]
+            weights = np.exp(sequence["candidate_log_probs"][part].astype(float))[..., None]
+            advantages = values - (weights * values).sum(1, keepdims=True)
+            variances = (weights * advantages**2).sum(1)
+            of_prefix = outputs.logits[0].double().cpu().numpy()[positions[part]]
+            inside = (prefixes >= start) & (prefixes < start + SLOPE_POSITIONS)
+            tokens, at = taken[inside], prefixes[inside] - start
+            hits = sequence["candidates"][part][at] == sequence["input_ids"][tokens, None]
+            # A token that is no candidate here is one on the edge, by rounding.
+            known = hits.any(1)[:, None] & ~np.isnan(labels[tokens])
+            of_token = (advantages[at] * hits[..., None]).sum(1)
+            excess = np.nan_to_num(labels[tokens]) - of_prefix[at]
+            total += np.stack([of_token * excess * known, variances[at] * known]).sum(1)
+        sums.append((int(sequence["tree"]), total))
+    model.train(training)
+    sums = gather_object(sums)
+    trees, of_tree = np.unique([tree for tree, _ in sums], return_inverse=True)
+    by_tree = np.zeros((len(trees), *sums[0][1].shape))
+    np.add.at(by_tree, of_tree, np.stack([total for _, total in sums]))
+    covariances, variances = np.moveaxis(by_tree[prompt_draws(len(trees))].sum(1), 1, 0)
+    # A new head says nothing of any candidate: what is left is rounding.
+    slopes = np.where(variances > 1e-9, covariances / np.maximum(variances, 1e-9), 0.0)
+    return [interval(column) for column in slopes.T]

@@ -141,6 +141,10 @@ class MAVISDistillationTrainer(ValueModelTrainer):
         self.value_config.top_k = self.top_k
         self.value_config.reward_mean = [x for c in configs for x in c.reward_mean or []]
         self.value_config.reward_std = [x for c in configs for x in c.reward_std or []]
+        if any(c.candidate_scale for c in configs):
+            self.value_config.candidate_scale = [
+                x for c in configs for x in c.candidate_scale or [1.0] * len(c.objectives or [])
+            ]
         self.value_config.provenance = provenance(
             teachers=[{"name": c.name_or_path, "provenance": c.provenance} for c in configs],
             training={

@@ -16,16 +16,19 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.plugins.value_model import load_config
+
 from .pareto import interval, prompt_draws
 from .rollouts import Tree
 
 
-def weights_fingerprint(folder: str | Path) -> str:
-    """Tells the weights in a folder from others: a hash of its safetensors files."""
+def guidance_fingerprint(folder: str | Path) -> str:
+    """Tells the policies of a value model from another's: a hash of its weights and its scale."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(json.dumps(load_config(str(folder)).candidate_scale).encode())
     return digest.hexdigest()[:16]
 
 

@@ -53,7 +53,8 @@ class MAVISConfig(TrainingArguments):
 
         num_iterations (`int`, *optional*, defaults to `1`):
             Number of iterations. The first samples from the base model, each other one from the
-            policies that the last one's values guide, one for every objective.
+            policies that the last one's values guide, one for every objective. All rollouts so far
+            are learnt from.
         beta (`float`, *optional*, defaults to `1.0`):
             Strength of the guidance that later iterations sample with. They are measured by
             `reward - KL / beta`, in standardised rewards and nats.
@@ -222,7 +223,8 @@ class MAVISConfig(TrainingArguments):
         default=1,
         metadata={
             "help": "Number of iterations. The first samples from the base model, each other one "
-            "from the policies that the last one's values guide, one for every objective."
+            "from the policies that the last one's values guide, one for every objective. All "
+            "rollouts so far are learnt from."
         },
     )
     beta: float = field(

@@ -33,6 +33,7 @@ from transformers.utils import logging
 
 from trimtab.plugins.value_model import (
     MAVISValueModel,
+    load_config,
     model_card,
     provenance,
     tokenizer_fingerprint,
@@ -42,9 +43,10 @@ from .candidates import (
     RANGE_POSITIONS,
     RANGE_SEQUENCES,
     add_candidates,
+    advantage_slopes,
     candidate_differences,
 )
-from .iterations import PolicyHistory, weights_fingerprint
+from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
 from .rewards import RewardFunc, load_reward_funcs, reward_statistics
@@ -115,7 +117,9 @@ class MAVISTrainer(ValueModelTrainer):
     interruption and it goes on where it was.
 
     With `num_iterations` above 1 the next iteration samples from the policy that the values of the
-    last one guide, a tree for every objective and prompt, and charges the KL to the base model.
+    last one guide, a tree for every objective and prompt, charges the KL to the base model, and
+    learns from all rollouts so far. Values guide with the scale that the base model's responses to
+    `eval_dataset` bear out (`candidate_scale` of [`~trimtab.plugins.MAVISValueConfig`]).
 
     This class is a wrapper around the [`~transformers.Trainer`] class and inherits all of its
     attributes and methods.
@@ -157,7 +161,8 @@ class MAVISTrainer(ValueModelTrainer):
             Dataset of prompts, with a column `"prompt"` of strings (standard) or lists of messages
             (conversational). Other columns are passed to the reward functions.
         eval_dataset ([`~datasets.Dataset`], *optional*):
-            Dataset of prompts to evaluate on, with its own rollouts, sampled once.
+            Dataset of prompts to evaluate on, with its own rollouts, sampled once. With several
+            iterations it also scales the values and measures the policies.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The base model's tokenizer. If `None`, it is loaded with
             [`~transformers.AutoTokenizer.from_pretrained`].
@@ -215,6 +220,8 @@ class MAVISTrainer(ValueModelTrainer):
         self._sampler: Any = None
         self._collected = False
         self._iteration = 0
+        self._trees: list[Tree] = []  # of all iterations so far
+        self._scale_sequences: list[dict[str, Any]] = []
         self._history = PolicyHistory(args.beta)
         if args.num_iterations > 1 and optimizers != (None, None):
             raise ValueError(
@@ -395,7 +402,7 @@ class MAVISTrainer(ValueModelTrainer):
             identity |= {
                 "weights": weights,
                 "beta": args.beta,
-                "value_model": weights_fingerprint(self._value_model(self._iteration - 1)),
+                "value_model": guidance_fingerprint(self._value_model(self._iteration - 1)),
             }
             reward_funcs = {objective: self.reward_funcs[objective]}
             make_sampler = lambda: functools.partial(self._make_sampler(), weights=weights)  # noqa: E731
@@ -446,6 +453,8 @@ class MAVISTrainer(ValueModelTrainer):
         )
         self._pack(trees)
         check_tree_attention(self, self.train_dataset.sequences)
+        if self.args.num_iterations > 1 and "eval" in trees:
+            self._scale_sequences = [dict(s) for s in self.eval_dataset.sequences]
         if "eval" in trees:
             self._history.add({name: trees["eval"] for name in self.objectives}, mean, std)
         self._collected = True
@@ -465,6 +474,9 @@ class MAVISTrainer(ValueModelTrainer):
             config = self.value_config
             self._history.add(by_name["eval"], config.reward_mean, config.reward_std)
             measured = self._history.policies[-1]
+            scales = load_config(str(self._value_model(self._iteration - 1))).candidate_scale
+            for name, scale in zip(self.objectives, scales or []):
+                measured[name]["candidate_scale"] = scale
             self.log(
                 {
                     f"policy/{measure}/{name}": measured[name][measure]["value"]
@@ -481,7 +493,7 @@ class MAVISTrainer(ValueModelTrainer):
             self._pack({name: list(chain(*trees.values())) for name, trees in by_name.items()})
 
     def _pack(self, trees: dict[str, list[Tree]]) -> None:
-        """Makes the datasets of an iteration from its rollouts."""
+        """Makes an iteration's datasets: all rollouts so far to train on, its own to evaluate."""
         args, config = self.args, self.value_config
         mean, std = np.array(config.reward_mean), np.array(config.reward_std)
         pack = functools.partial(
@@ -492,7 +504,8 @@ class MAVISTrainer(ValueModelTrainer):
             max_length=args.max_length,
             kl_penalty=args.kl_penalty,
         )
-        self.train_dataset = pack(trees["train"], leaf_fraction=args.leaf_fraction, seed=args.seed)
+        self._trees += trees["train"]
+        self.train_dataset = pack(self._trees, leaf_fraction=args.leaf_fraction, seed=args.seed)
         if "eval" in trees:
             self.eval_dataset = pack(trees["eval"])
 
@@ -544,6 +557,9 @@ class MAVISTrainer(ValueModelTrainer):
             best = self._history.best()
             logger.info(f"the policies of iteration {best} are the best")
             self._load_from_checkpoint(str(self._weights(best)))
+            self.value_config.candidate_scale = load_config(
+                str(self._value_model(best))
+            ).candidate_scale
             self.value_config.provenance["iterations"] = {
                 **self._history.to_json(),
                 "kl_penalty": self.args.kl_penalty,
@@ -574,6 +590,8 @@ class MAVISTrainer(ValueModelTrainer):
         folder = self._value_model(self._iteration)
         if folder.exists():
             return
+        if self._scale_sequences:
+            self._measure_candidate_scale()
         if self._weights(self._iteration) != folder:
             self.save_model(str(self._weights(self._iteration)), _internal_call=True)
         partial = folder.with_name(f"{folder.name}.partial")
@@ -583,20 +601,42 @@ class MAVISTrainer(ValueModelTrainer):
             partial.rename(folder)
         self.accelerator.wait_for_everyone()
 
+    def _measure_candidate_scale(self) -> None:
+        """Sets the scale with which values guide, from the base model's `eval_dataset` rollouts."""
+        if "candidates" not in self._scale_sequences[0]:
+            self._add_candidates(self._scale_sequences, None)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        slopes = advantage_slopes(
+            model, self._scale_sequences, self.data_collator, self.accelerator
+        )
+        self.value_config.candidate_scale = [float(np.clip(s["value"], 0, 1)) for s in slopes]
+        for name, slope in zip(self.objectives, slopes):
+            self.log({f"candidate_scale/{name}/{key}": x for key, x in slope.items()})
+            if slope["low"] <= 0:
+                logger.warning(
+                    f"the values of {name!r} tell candidates apart hardly better than chance: "
+                    f"responses to `eval_dataset` bear out {slope['value']:.2g} [{slope['low']:.2g}"
+                    f", {slope['high']:.2g}] of the differences. More prompts or larger trees "
+                    "(`layers`) make values less noisy"
+                )
+
     def _measure_candidate_range(self) -> None:
         # Copies: the candidates are not for the training that may go on.
         sequences = [dict(s) for s in self.train_dataset.sequences[:RANGE_SEQUENCES]]
+        self._add_candidates(sequences, RANGE_POSITIONS)
+        set_candidate_range(self, sequences)
+
+    def _add_candidates(self, sequences: list[dict[str, Any]], positions: int | None) -> None:
         add_candidates(
             sequences,
             load_base_model(self.base_model, self.args),
             [],
             self.data_collator,
             self.value_config.top_k,
-            RANGE_POSITIONS,
+            positions,
             self.eos_token_ids,
             self.accelerator,
         )
-        set_candidate_range(self, sequences)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.num_iterations > 1:

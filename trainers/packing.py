@@ -197,7 +197,8 @@ class TreeDataset(Dataset):
                 if name in tree.rewards:
                     values[:, i] = tree.values(name, kl_penalty * std[i])
             kept = keep_leaves(tree, leaf_fraction, seed)
-            self.sequences += pack_tree(tree, (values - mean) / std, max_length, kept, kl_penalty)
+            packed = pack_tree(tree, (values - mean) / std, max_length, kept, kl_penalty)
+            self.sequences += [{**sequence, "tree": tree.prompt_index} for sequence in packed]
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,20 @@ def test_an_action_head_is_not_pruned(logits):
     range_ = [0.1, 0.1]
     _, guide = guided(0.02, logits, PARAMS, head_type="action", candidate_range=range_)
     assert guide.candidates == 20 + 20 + 7
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.02])
+def test_a_scale_is_as_a_factor_of_the_weights(logits, eps):
+    fields = {"candidate_range": [12.0, 12.0]}
+    scaled, one = guided(eps, logits, PARAMS, candidate_scale=[0.5, 0.0], **fields)
+    params = [
+        dataclasses.replace(p, weights=(0.5 * p.weights[0], 0.0 * p.weights[1])) for p in PARAMS
+    ]
+    expected, other = guided(eps, logits, params[:2] + PARAMS[2:], **fields)
+    assert one.candidates <= other.candidates
+    torch.testing.assert_close(scaled[:2], expected[:2])
+    top, at = logits[2].topk(7)  # its only objective has lost its say
+    torch.testing.assert_close(scaled[2, at], top.softmax(0))
 
 
 def test_pruning_without_a_known_range_is_refused(logits):

@@ -155,6 +155,18 @@ def test_a_narrow_beam_equals_the_plain_algorithm(small, small_pair, num_beams, 
         assert torch.allclose(found.scores[i, : len(scores)], scores, atol=1e-3)
 
 
+def test_beams_are_ranked_by_scaled_values(small):
+    search, plain = small_values(small, "state")
+    search.config.candidate_scale = [0.25, 1.0]
+    found = beam_search(
+        small, SMALL_PROMPTS, value_models=[search], weights=WEIGHTS, beta=2.0,
+        num_beams=2, max_new_tokens=6,
+    )  # fmt: skip
+    for i, prompt in enumerate(SMALL_PROMPTS):
+        expected = Plain(small, [plain]).beam_search(prompt, (0.25, -0.5), 2.0, 2, 6, 6, SMALL_EOS)
+        assert found.sequences[i] == [response for _, response in expected]
+
+
 @pytest.fixture(scope="module")
 def base(base_model):
     return AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32).eval()

@@ -237,10 +237,12 @@ def test_candidates_are_valued_as_if_each_were_next(value_model, attention, padd
 @torch.no_grad()
 def test_an_action_model_comes_back_whole(action_model, tmp_path):
     action_model.config.candidate_range = [0.5, 2.0]
+    action_model.config.candidate_scale = [1.0, 0.25]
     action_model.save_pretrained(tmp_path)
     again = MAVISValueModel.load(str(tmp_path)).eval()
     assert (again.config.head_type, again.config.action_rank) == ("action", 8)
     assert again.config.candidate_range == [0.5, 2.0]
+    assert again.config.candidate_scale == [1.0, 0.25]
     candidates = IDS[..., None]
     torch.testing.assert_close(
         again(IDS, candidates=candidates).candidate_logits,
@@ -256,6 +258,9 @@ def test_an_action_model_comes_back_whole(action_model, tmp_path):
         ("action_rank", 0, "action_rank must be at least 1"),
         ("candidate_range", [1.0], "candidate_range must be"),
         ("candidate_range", [1.0, -1.0], "candidate_range must be"),
+        ("candidate_scale", [1.0], "candidate_scale must be"),
+        ("candidate_scale", [1.0, 1.5], "candidate_scale must be"),
+        ("candidate_scale", [1.0, float("nan")], "candidate_scale must be"),
     ],
 )
 def test_wrong_head_fields_are_refused(field, value, message):

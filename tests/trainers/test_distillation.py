@@ -105,6 +105,16 @@ def test_candidates_are_the_base_models_after_every_prefix(base_model, trees, tm
         assert sequence["candidate_positions"].tolist() == expected
 
 
+def test_student_has_the_scales_of_its_teachers(base_model, trees, tmp_path):
+    teachers = [
+        value_model(base_model, ["a", "b"]),
+        value_model(base_model, ["c"], candidate_scale=[0.5]),
+    ]
+    made = trainer(base_model, tmp_path, teachers, trees)
+    assert made.model.config.candidate_scale == [1.0, 1.0, 0.5]
+    assert trainer(base_model, tmp_path, teachers[0], trees).model.config.candidate_scale is None
+
+
 def test_some_prefixes_are_drawn_and_the_same_again(base_model, trees, tmp_path):
     drawn = []
     for _ in range(2):

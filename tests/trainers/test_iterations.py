@@ -1,5 +1,6 @@
 """Iterations of MAVIS: what they sample from, what they measure, and how they go on."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from trimtab.plugins.value_model import MAVISValueModel
+from trimtab.plugins.value_model import MAVISValueModel, load_config
 from trimtab.trainers import read_rollouts
 from trimtab.trainers.iterations import PolicyHistory
 from trimtab.trainers.rollouts import Node, Tree
@@ -87,6 +88,25 @@ def test_a_policy_is_measured_by_its_own_rollouts(iterated):
         exact = [sum(sum(n.kls) for n in tree.nodes) for tree in trees]
         error = np.std(np.subtract(ratios, exact)) / np.sqrt(len(trees))
         assert abs(np.mean(ratios) - np.mean(exact)) < 4 * error
+
+
+def test_values_guide_as_far_as_responses_bear_them_out(iterated):
+    made, folder = iterated
+    measured = json.loads((folder / "iterations.json").read_text())["policies"]
+    for iteration in range(3):
+        saved = load_config(str(folder / f"iteration-{iteration}" / "value_model"))
+        scales = [measured[iteration + 1][name]["candidate_scale"] for name in REWARDS]
+        assert saved.candidate_scale == scales and min(scales) > 0.3
+    log = {k: v for entry in made.state.log_history for k, v in entry.items()}
+    for name, scale in zip(REWARDS, scales):
+        assert scale == np.clip(log[f"candidate_scale/{name}/value"], 0, 1)
+        assert log[f"candidate_scale/{name}/low"] < log[f"candidate_scale/{name}/value"]
+    kept = made.value_config.provenance["iterations"]["kept"]
+    last = MAVISValueModel.load(str(folder))
+    assert last.config.candidate_scale == made.value_config.candidate_scale
+    assert last.config.candidate_scale == [
+        measured[kept + 1][name]["candidate_scale"] for name in REWARDS
+    ]
 
 
 def test_best_iteration_is_kept(iterated):
@@ -202,7 +222,10 @@ def test_killed_run_resumes_in_its_iteration(base_model, whole, tmp_path, slow, 
         there = tmp_path / "killed" / folder.relative_to(whole)
         resumed = read_rollouts(there)
         same(resumed, read_rollouts(folder))
-        same(resumed[: len(left.get(there, []))], left.get(there, []))
+        for tree, before in zip(resumed, left.get(there, [])):
+            # It may have been killed before it rewarded its last batch.
+            kept = {name: tree.rewards[name] for name in before.rewards}
+            same([dataclasses.replace(tree, rewards=kept)], [before])
         assert [tree.prompt_index for tree in resumed] == list(range(len(resumed)))
     states = [
         MAVISValueModel.load(str(folder)).state_dict() for folder in (tmp_path / "killed", whole)
