@@ -25,8 +25,13 @@ EXAMPLES = HERE.parent / "examples"
 MEASURES = ("reward", "kl", "objective", "improvement")
 
 
-def train(seed: int, args: argparse.Namespace) -> None:
-    """One seed, in this process."""
+def folder_of(seed: int, args: argparse.Namespace) -> Path:
+    """Where a seed's rollouts and value models are."""
+    return args.artifacts / "iterations" / f"seed-{seed}"
+
+
+def make_trainer(seed: int, args: argparse.Namespace, model: Any = None, **config: Any) -> Any:
+    """The trainer of a seed, of a new value model if none is given."""
     sys.path.insert(0, str(EXAMPLES))
     import rewards
     from datasets import Dataset
@@ -43,12 +48,11 @@ def train(seed: int, args: argparse.Namespace) -> None:
             {"prompt": [chosen[i] for i in rng.permutation(len(chosen))[:count]]}
         )
 
-    out = args.artifacts / "iterations" / f"seed-{seed}"
-    trainer = MAVISTrainer(
-        model=str(smollm2(args.artifacts / "smollm2")),
+    fields = {"output_dir": str(folder_of(seed, args)), "num_iterations": args.num_iterations}
+    return MAVISTrainer(
+        model=model or str(smollm2(args.artifacts / "smollm2")),
         args=MAVISConfig(
-            str(out),
-            num_iterations=args.num_iterations,
+            **{**fields, **config},
             beta=args.beta,
             max_completion_length=args.tokens,
             layers=2,
@@ -70,7 +74,12 @@ def train(seed: int, args: argparse.Namespace) -> None:
         train_dataset=prompts("train", args.train_prompts),
         eval_dataset=prompts("test", args.test_prompts),
     )
-    trainer.train(resume_from_checkpoint=True)
+
+
+def train(seed: int, args: argparse.Namespace) -> None:
+    """One seed, in this process."""
+    make_trainer(seed, args).train(resume_from_checkpoint=True)
+    out = folder_of(seed, args)
     measured = json.loads((out / "iterations.json").read_text())
     result = {"parameters": parameters_of(args), **measured}
     (out / "result.json").write_text(json.dumps(result))
@@ -127,10 +136,11 @@ def table(policies: list[dict[str, Any]], beta: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def make_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """What a seed depends on."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
-    parser.add_argument("--out", type=Path, default=Path("docs/iterations.json"))
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_iterations", type=int, default=3)
     parser.add_argument("--beta", type=float, default=8.0)
@@ -138,6 +148,11 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=20)
     parser.add_argument("--train_prompts", type=int, default=64)
     parser.add_argument("--test_prompts", type=int, default=40)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__ or "", "docs/iterations.json")
     parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train_seed is not None:
@@ -145,7 +160,7 @@ def main() -> None:
         return
     results = []
     for seed in args.seeds:
-        path = args.artifacts / "iterations" / f"seed-{seed}" / "result.json"
+        path = folder_of(seed, args) / "result.json"
         if stored(path, args) is None:
             # A process of its own: vLLM and the random state begin anew.
             command = [sys.executable, __file__, *sys.argv[1:], "--train-seed", str(seed)]

@@ -141,7 +141,7 @@ def candidate_differences(
 
 @torch.no_grad()
 def advantage_slopes(
-    model: MAVISValueModel, sequences: Sequence[dict[str, Any]], collate: Any, accelerator: Any
+    model: MAVISValueModel, sequences: Sequence[dict[str, Any]], collate: Any, progress: bool = True
 ) -> list[dict[str, float]]:
     """
     How much of the differences that a model predicts between candidates their returns bear out.
@@ -157,11 +157,11 @@ def advantage_slopes(
             Either head.
         sequences (`list[dict[str, Any]]`):
             What [`add_candidates`] made of all prefixes of rollouts of the base model, which the
-            model has not learnt from. The processes share them.
+            model has not learnt from.
         collate ([`DataCollatorForTrees`]):
             Makes their batches.
-        accelerator ([`~accelerate.Accelerator`]):
-            The trainer's.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show it.
 
     Returns:
         `list[dict[str, float]]`: `value`, `low` and `high` for every objective, a 95 % bootstrap
@@ -170,11 +170,10 @@ def advantage_slopes(
     training = model.training
     model.eval()
     device = model.head.weight.device
-    show = accelerator.is_main_process
-    mine = range(accelerator.process_index, len(sequences), accelerator.num_processes)
-    sums = []  # tree, then covariances and variances of its tokens, [2, n_objectives]
-    for i in tqdm(mine, desc="Advantages of tokens", disable=not show):
-        sequence = {k: v for k, v in sequences[i].items() if not k.startswith("teacher_")}
+    sums = []  # covariances and variances of a sequence's tokens, [2, n_objectives]
+    # Processes do not share the work: where they share the weights they have to go in step.
+    for whole in tqdm(sequences, desc="Advantages of tokens", disable=not progress):
+        sequence = {k: v for k, v in whole.items() if not k.startswith("teacher_")}
         positions, labels = sequence["candidate_positions"], sequence["labels"]
         taken = np.flatnonzero((sequence["depths"] > 0) & ~np.isnan(labels).all(-1))
         prefixes = np.searchsorted(positions, sequence["previous"][taken])
@@ -184,14 +183,13 @@ def advantage_slopes(
             rows = ("candidate_positions", "candidates", "candidate_log_probs")
             batch = collate([sequence | {name: sequence[name][part] for name in rows}])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            with accelerator.autocast():
-                outputs = model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    position_ids=batch["position_ids"],
-                    candidates=batch["candidates"],
-                    candidate_positions=batch["candidate_positions"],
-                )
+            outputs = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                position_ids=batch["position_ids"],
+                candidates=batch["candidates"],
+                candidate_positions=batch["candidate_positions"],
+            )
             values = outputs.candidate_logits[0].double().cpu().numpy()  # [n, k, n_objectives]
             weights = np.exp(sequence["candidate_log_probs"][part].astype(float))[..., None]
             advantages = values - (weights * values).sum(1, keepdims=True)
@@ -205,12 +203,11 @@ def advantage_slopes(
             of_token = (advantages[at] * hits[..., None]).sum(1)
             excess = np.nan_to_num(labels[tokens]) - of_prefix[at]
             total += np.stack([of_token * excess * known, variances[at] * known]).sum(1)
-        sums.append((int(sequence["tree"]), total))
+        sums.append(total)
     model.train(training)
-    sums = gather_object(sums)
-    trees, of_tree = np.unique([tree for tree, _ in sums], return_inverse=True)
-    by_tree = np.zeros((len(trees), *sums[0][1].shape))
-    np.add.at(by_tree, of_tree, np.stack([total for _, total in sums]))
+    trees, of_sequence = np.unique([s["tree"] for s in sequences], return_inverse=True)
+    by_tree = np.zeros((len(trees), *sums[0].shape))
+    np.add.at(by_tree, of_sequence, np.stack(sums))
     covariances, variances = np.moveaxis(by_tree[prompt_draws(len(trees))].sum(1), 1, 0)
     # A new head says nothing of any candidate: what is left is rounding.
     slopes = np.where(variances > 1e-9, covariances / np.maximum(variances, 1e-9), 0.0)

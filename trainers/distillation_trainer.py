@@ -31,6 +31,7 @@ from .mavis_trainer import (
     check_tree_attention,
     end_tokens,
     load_base_model,
+    read_weights_in_every_process,
     refuse_data_parallel,
     set_candidate_range,
     tree_collator,
@@ -106,6 +107,7 @@ class MAVISDistillationTrainer(ValueModelTrainer):
             torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None
         ] = (None, None),
     ) -> None:
+        read_weights_in_every_process()
         base_model = model if isinstance(model, str) else getattr(model.config, "base_model", None)
         if base_model is None:
             raise ValueError(

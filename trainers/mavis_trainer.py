@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -190,6 +191,7 @@ class MAVISTrainer(ValueModelTrainer):
         ] = (None, None),
         peft_config: PeftConfig | None = None,
     ) -> None:
+        read_weights_in_every_process()
         base_model = model if isinstance(model, str) else getattr(model.config, "base_model", None)
         if base_model is None:
             raise ValueError(
@@ -606,9 +608,10 @@ class MAVISTrainer(ValueModelTrainer):
         if "candidates" not in self._scale_sequences[0]:
             self._add_candidates(self._scale_sequences, None)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        slopes = advantage_slopes(
-            model, self._scale_sequences, self.data_collator, self.accelerator
-        )
+        with self.accelerator.autocast():
+            slopes = advantage_slopes(
+                model, self._scale_sequences, self.data_collator, self.is_world_process_zero()
+            )
         self.value_config.candidate_scale = [float(np.clip(s["value"], 0, 1)) for s in slopes]
         for name, slope in zip(self.objectives, slopes):
             self.log({f"candidate_scale/{name}/{key}": x for key, x in slope.items()})
@@ -848,6 +851,12 @@ def tree_collator(model: MAVISValueModel, eos_token_ids: set[int]) -> DataCollat
         pad_token_id=min(eos_token_ids),  # any token will do, the mask hides it
         additive_mask=attention == "eager",
     )
+
+
+def read_weights_in_every_process() -> None:
+    """Turns off FSDP's reading of weights by one process for all, which leaves the others with
+    nothing until training begins: every process samples and values before."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def refuse_data_parallel(args: Any) -> None:

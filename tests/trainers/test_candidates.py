@@ -37,7 +37,7 @@ def test_slopes_are_those_of_a_plain_computation(base_model, head_type):
     sequences, collate = with_candidates(trees, max_length=80)
     assert len(sequences) > len(trees)  # some trees are cut in two
     assert max(len(s["candidate_positions"]) for s in sequences) > SLOPE_POSITIONS
-    found = advantage_slopes(model, sequences, collate, Accelerator(cpu=True))
+    found = advantage_slopes(model, sequences, collate)
     sums = np.zeros((2, 2))
     for sequence in sequences:
         texts = dict(branches(sequence))
@@ -84,9 +84,9 @@ def test_slopes_find_by_how_much_advantages_are_exaggerated(base_model, tmp_path
             excess = np.array([0.25, -0.5]) * advantage + rng.normal(scale=0.5, size=2)
             labels[token] = sequence["teacher_values"][before] + excess
         sequence["labels"] = labels
-    for slope, true in zip(advantage_slopes(model, sequences, collate, accelerator), (0.25, -0.5)):
+    for slope, true in zip(advantage_slopes(model, sequences, collate), (0.25, -0.5)):
         assert slope["low"] < true < slope["high"]
         assert slope["high"] - slope["low"] < 0.2
     torch.nn.init.zeros_(model.head.weight)  # says nothing of any candidate
-    (slope, _) = advantage_slopes(model, sequences, collate, accelerator)
+    (slope, _) = advantage_slopes(model, sequences, collate)
     assert slope == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -301,7 +301,10 @@ def test_what_serves_one_training_is_refused(base_model, tmp_path):
 
 
 def test_two_processes_share_the_work(base_model, tmp_path):
-    """Launched as users do, over gloo: the rollouts are those of one process."""
+    """
+    Launched as users do, over gloo: the rollouts are those of one process. The environment is that
+    of FSDP, which would have one process read the weights (without a GPU there is no more of it).
+    """
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent(
@@ -325,7 +328,10 @@ def test_two_processes_share_the_work(base_model, tmp_path):
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
          "--main_process_port", "0", str(program)],
-        check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True, timeout=600, env={
+            **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        },
     )  # fmt: skip
     one = trainer(
         base_model, tmp_path / "one", eval_dataset=prompts(6, 3), rollout_batch_size=2, **FIELDS
