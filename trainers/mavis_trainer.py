@@ -101,6 +101,37 @@ class ValueModelTrainer(Trainer):
         model.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
 
+    @contextmanager
+    def _hub_folder(self) -> Any:
+        """`output_dir` is a folder of its own: a push takes all of it, rollouts too."""
+        folder = self.args.output_dir
+        self.args.output_dir = str(Path(folder) / "_hub")
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            self.args.output_dir = folder
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Uploads the value model, its tokenizer and its card; not the rollouts in `output_dir`.
+        Arguments are those of [`~transformers.Trainer.push_to_hub`].
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        with self._hub_folder():
+            return super().push_to_hub(commit_message, blocking, token, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self._hub_folder():
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
         if self.is_world_process_zero():

@@ -1,11 +1,15 @@
+import concurrent.futures
 import json
 import os
 import re
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -544,3 +548,60 @@ def test_example_of_the_class_runs(base_model, tmp_path, monkeypatch):
     code = code.replace('output_dir="value-model"', 'output_dir="value-model", num_hidden_layers=1')
     exec(code, {})
     assert MAVISValueModel.load("value-model").config.objectives == ["brevity"]
+
+
+class Hub:
+    """Where the hub's API would be, which cannot be here: keeps what was uploaded."""
+
+    def __init__(self, monkeypatch):
+        self.repos = {}
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda: self)
+
+    def create_repo(self, name, **kwargs):
+        self.repos.setdefault(name, [])
+        return types.SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns=None, **kwargs):
+        paths = [p.relative_to(folder_path) for p in Path(folder_path).rglob("*") if p.is_file()]
+        kept = filter_repo_objects(map(str, paths), ignore_patterns=ignore_patterns)
+        self.repos[repo_id].append({name: (Path(folder_path) / name).read_bytes() for name in kept})
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        done.set_result(None)
+        return done
+
+
+WHOLE = {"config.json", "model.safetensors", "README.md", "tokenizer.json"}
+
+
+def test_only_the_value_model_is_pushed(base_model, tmp_path, monkeypatch):
+    hub = Hub(monkeypatch)
+    folder = tmp_path / "brevity"
+    made = trainer(
+        base_model, folder, num_iterations=2, top_k=10, layers=2, eval_dataset=prompts(2)
+    )
+    made.train()
+    made.push_to_hub()
+    assert (folder / "rollouts").is_dir() and made.args.output_dir == str(folder)
+    ((name, (pushed,)),) = hub.repos.items()
+    assert name == "brevity" and pushed.keys() >= WHOLE
+    assert not [path for path in pushed if "/" in path or path.endswith((".bin", ".pt"))]
+    assert "value model" in pushed["README.md"].decode()
+    (tmp_path / "again").mkdir()
+    for path, content in pushed.items():
+        (tmp_path / "again" / path).write_bytes(content)
+    again = MAVISValueModel.load(str(tmp_path / "again"))
+    torch.testing.assert_close(again.state_dict(), made.model.state_dict())
+
+
+def test_checkpoints_are_pushed_without_the_rollouts(base_model, tmp_path, monkeypatch):
+    hub = Hub(monkeypatch)
+    made = trainer(
+        base_model, tmp_path, push_to_hub=True, hub_model_id="me/brevity", hub_always_push=True,
+        save_strategy="steps", save_steps=1, num_train_epochs=1,
+    )  # fmt: skip
+    made.train()
+    made.save_model()
+    *during, last = hub.repos["me/brevity"]
+    assert during and last.keys() >= WHOLE
+    for pushed in during:
+        assert "model.safetensors" in pushed and not [path for path in pushed if "/" in path]
