@@ -538,10 +538,17 @@ def provenance(**extra: Any) -> dict[str, Any]:
 
 def model_card(config: MAVISValueConfig) -> str:
     """A model card in Markdown: objectives, how to serve the model, and what made it."""
-    objectives: Iterable[tuple[str, float, float]] = zip(
-        config.objectives or [], config.reward_mean or [], config.reward_std or []
+    names = config.objectives or []
+    objectives: Iterable[tuple[str, float, float, float]] = zip(
+        names,
+        config.reward_mean or [],
+        config.reward_std or [],
+        config.candidate_scale or [1.0] * len(names),
     )
-    rows = "\n".join(f"| {name} | {mean:.4g} | {std:.4g} |" for name, mean, std in objectives)
+    rows = "\n".join(
+        f"| {name} | {mean:.4g} | {std:.4g} | {scale:.2g} |"
+        for name, mean, std, scale in objectives
+    )
     base = config.base_model or "BASE_MODEL"
     backbone = config.text_config
     served = json.dumps({"mavis": {"value_models": ["THIS_MODEL"]}})
@@ -559,8 +566,8 @@ Predicts the reward that a partial response of `{base}` will end with, for value
 ([MAVIS](https://arxiv.org/abs/2508.13415)). Backbone: `{backbone.model_type}`,
 {backbone.num_hidden_layers} layers of width {backbone.hidden_size}; head: `{config.head_type}`.
 
-| objective | mean reward under the base model | standard deviation |
-| --- | --- | --- |
+| objective | mean reward under the base model | standard deviation | scale of its values |
+| --- | --- | --- | --- |
 {rows}
 {measured}
 ## Use

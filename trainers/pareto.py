@@ -480,7 +480,8 @@ def evaluate(
             Method of the base model itself.
         against (`tuple[str, float]`, *optional*):
             Method and strength that the others are subtracted from, their hypervolumes paired by
-            prompt: positive where it is ahead. At equal KL the method alone counts.
+            prompt: positive where it is ahead. Each is subtracted from the method's whole front,
+            of all its strengths, too. At equal KL the method alone counts.
         references (`list[float]`, *optional*, defaults to `[1.0]`):
             Where a hypervolume begins: so many standard deviations below the baseline's mean, in
             every objective. Points beyond it in one objective count for nothing, so a nearer
@@ -608,6 +609,7 @@ def _plane(
         if point.method != baseline and not {o for o, w in point.weights.items() if w} - {*plane}
     ]
     volumes: dict[tuple[str, float], np.ndarray] = {}  # median over seeds, [draws]
+    whole: dict[str, np.ndarray] = {}  # of all strengths together
     matched: dict[float, dict[str, np.ndarray]] = {budget: {} for budget in kl_budgets}
     for method in dict.fromkeys(points[i].method for i in inside):
         own = [i for i in inside if points[i].method == method]
@@ -616,6 +618,9 @@ def _plane(
             chosen = [gains[i][..., columns] for i in own if points[i].strength == strength]
             front = np.stack(chosen, axis=-2)  # [seeds, draws, points, objectives]
             volumes[method, strength] = np.median(hypervolume(front, reference), 0)
+        seeds = min(len(gains[i]) for i in own)
+        front = np.stack([gains[i][:seeds][..., columns] for i in own], axis=-2)
+        whole[method] = np.median(hypervolume(front, reference), 0)
         for budget in kl_budgets:
             lines = []
             for label in dict.fromkeys(_label(points[i].weights) for i in own):
@@ -639,8 +644,10 @@ def _plane(
         "reference": -below,
         "unguided": float(hypervolume(np.zeros((1, len(plane))), reference)),
         "hypervolume": [],
+        "fronts": [],
         "matched": [],
     }
+    reached = None if against is None else whole.get(against[0])
     for key, volume in volumes.items():
         own = [i for i in inside if (points[i].method, points[i].strength) == key]
         row: dict[str, Any] = {"method": key[0], "strength": key[1], "points": len(own)}
@@ -648,7 +655,15 @@ def _plane(
         row |= interval(volume)
         if against in volumes:
             row["behind"] = interval(volumes[against] - volume)
+        if reached is not None:
+            row["behind_front"] = interval(reached - volume)
         result["hypervolume"].append(row)
+    for method, volume in whole.items():
+        points_of = sum(points[i].method == method for i in inside)
+        row = {"method": method, "points": points_of, **interval(volume)}
+        if reached is not None:
+            row["behind"] = interval(reached - volume)
+        result["fronts"].append(row)
     for budget, by_method in matched.items():
         for method, volume in by_method.items():
             row = {"kl": budget, "method": method, **interval(volume)}

@@ -76,6 +76,7 @@ def _by_budget(title: str, rows: Sequence[Mapping[str, Any]], sign: str = "") ->
 def _plane(plane: Mapping[str, Any], against: Mapping[str, Any] | None) -> list[str]:
     """The hypervolumes of one plane."""
     behind = against and f"{against['method']} {against['strength']:g} ahead by"
+    behind_front = against and f"{against['method']}, all strengths, ahead by"
     head = ["method", "strength", "points", "on the joint front", "hypervolume"]
     rows = [
         [
@@ -84,15 +85,30 @@ def _plane(plane: Mapping[str, Any], against: Mapping[str, Any] | None) -> list[
             str(row["points"]),
             str(row["on_joint_front"]),
             _interval(row, sign=""),
-            *([_interval(row["behind"])] if behind else []),
+            *([_interval(row["behind"]), _interval(row["behind_front"])] if behind else []),
         ]
         for row in plane["hypervolume"]
+    ]
+    fronts = [
+        [
+            row["method"],
+            str(row["points"]),
+            _interval(row, sign=""),
+            *([_interval(row["behind"])] if behind else []),
+        ]
+        for row in plane["fronts"]
     ]
     lines = [
         f"From {-plane['reference']:g} standard deviations below the unguided mean in every "
         f"objective; the unguided model is worth {plane['unguided']:g}.",
         "",
-        *_table([*head, behind] if behind else head, rows),
+        *_table([*head, behind, behind_front] if behind else head, rows),
+        "All strengths of a method together:",
+        "",
+        *_table(
+            ["method", "points", "hypervolume", *([behind_front] if behind else [])],
+            fronts,
+        ),
     ]
     for other in plane.get("other_references", []):
         lines += [f"From {-other['reference']:g} below, {other['unguided']:g} unguided:", ""]

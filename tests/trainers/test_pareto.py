@@ -301,6 +301,13 @@ def test_hypervolumes_of_methods_and_at_equal_kl(result):
     lead = found["strong", 1.0]["value"] - found["weak", 1]["value"]
     assert found["weak", 1]["behind"]["value"] == pytest.approx(lead)
     assert found["strong", 1.0]["behind"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    both = [np.concatenate([front("weak", 1, s), front("weak", 2, s)]) for s in (0, 1)]
+    whole = {row["method"]: row for row in plane["fronts"]}
+    assert whole["weak"]["value"] == pytest.approx(volume(*both))
+    assert whole["weak"]["points"] == 6
+    strong = found["strong", 1.0]["value"]
+    assert whole["weak"]["behind"]["value"] == pytest.approx(strong - whole["weak"]["value"])
+    assert found["weak", 1]["behind_front"]["value"] == pytest.approx(lead)
     joint = [(p.method, p.strength, g) for p, g in zip(points[1:], result["points"][1:])]
     corners = np.array([[g["gain"][o]["value"] for o in OBJECTIVES] for _, _, g in joint])
     on_front = pareto_front(corners)
