@@ -141,7 +141,11 @@ def candidate_differences(
 
 @torch.no_grad()
 def advantage_slopes(
-    model: MAVISValueModel, sequences: Sequence[dict[str, Any]], collate: Any, progress: bool = True
+    model: MAVISValueModel,
+    sequences: Sequence[dict[str, Any]],
+    collate: Any,
+    temperature: float = 1.0,
+    progress: bool = True,
 ) -> list[dict[str, float]]:
     """
     How much of the differences that a model predicts between candidates their returns bear out.
@@ -150,7 +154,8 @@ def advantage_slopes(
     value of the candidates, and its return's excess is the label less the value of the prefix. The
     slope of the second on the first is the factor of the values with which a small `beta` gains
     most `reward - KL / beta`: the covariance of the two is the gain in reward, and the variance of
-    the first twice the KL, each by its power of `beta`. Noise in values lowers it.
+    the first twice the KL, each by its power of `beta` over the temperature, so that the slope
+    counts `temperature` times. Noise in values lowers it.
 
     Args:
         model ([`~trimtab.plugins.MAVISValueModel`]):
@@ -160,6 +165,8 @@ def advantage_slopes(
             model has not learnt from.
         collate ([`DataCollatorForTrees`]):
             Makes their batches.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show it.
 
@@ -191,7 +198,8 @@ def advantage_slopes(
                 candidate_positions=batch["candidate_positions"],
             )
             values = outputs.candidate_logits[0].double().cpu().numpy()  # [n, k, n_objectives]
-            weights = np.exp(sequence["candidate_log_probs"][part].astype(float))[..., None]
+            weights = np.exp(sequence["candidate_log_probs"][part].astype(float) / temperature)
+            weights = (weights / weights.sum(1, keepdims=True))[..., None]
             advantages = values - (weights * values).sum(1, keepdims=True)
             variances = (weights * advantages**2).sum(1)
             of_prefix = outputs.logits[0].double().cpu().numpy()[positions[part]]
@@ -211,4 +219,5 @@ def advantage_slopes(
     covariances, variances = np.moveaxis(by_tree[prompt_draws(len(trees))].sum(1), 1, 0)
     # A new head says nothing of any candidate: what is left is rounding.
     slopes = np.where(variances > 1e-9, covariances / np.maximum(variances, 1e-9), 0.0)
+    slopes *= temperature
     return [interval(column) for column in slopes.T]

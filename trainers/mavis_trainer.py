@@ -641,7 +641,11 @@ class MAVISTrainer(ValueModelTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with self.accelerator.autocast():
             slopes = advantage_slopes(
-                model, self._scale_sequences, self.data_collator, self.is_world_process_zero()
+                model,
+                self._scale_sequences,
+                self.data_collator,
+                self.args.temperature,
+                self.is_world_process_zero(),
             )
         self.value_config.candidate_scale = [float(np.clip(s["value"], 0, 1)) for s in slopes]
         for name, slope in zip(self.objectives, slopes):

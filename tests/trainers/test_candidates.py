@@ -30,14 +30,14 @@ def with_candidates(trees, max_length=1000):
     return sequences, collate
 
 
-@pytest.mark.parametrize("head_type", ["state", "action"])
-def test_slopes_are_those_of_a_plain_computation(base_model, head_type):
+@pytest.mark.parametrize(("head_type", "temperature"), [("state", 1.0), ("action", 0.7)])
+def test_slopes_are_those_of_a_plain_computation(base_model, head_type, temperature):
     model = value_model(base_model, ["a", "b"], head_type=head_type)
     trees = grow(TreeConfig(max_completion_length=30, layers=3), end=0.1, count=6)
     sequences, collate = with_candidates(trees, max_length=80)
     assert len(sequences) > len(trees)  # some trees are cut in two
     assert max(len(s["candidate_positions"]) for s in sequences) > SLOPE_POSITIONS
-    found = advantage_slopes(model, sequences, collate)
+    found = advantage_slopes(model, sequences, collate, temperature)
     sums = np.zeros((2, 2))
     for sequence in sequences:
         texts = dict(branches(sequence))
@@ -50,12 +50,12 @@ def test_slopes_are_those_of_a_plain_computation(base_model, head_type):
             if text[-1] not in candidates:
                 continue
             value, values = plain(model, text[:-1], candidates)
-            weights = log_probs.exp()[:, None]
+            weights = (log_probs / temperature).softmax(0)[:, None]
             advantages = values - (weights * values).sum(0)
             advantage = advantages[candidates.index(text[-1])].numpy()
             sums[0] += advantage * (label - value.numpy())
             sums[1] += (weights * advantages**2).sum(0).numpy()
-    for slope, expected in zip(found, sums[0] / sums[1]):
+    for slope, expected in zip(found, temperature * sums[0] / sums[1]):
         assert slope["value"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert slope["low"] < slope["value"] < slope["high"]
 
