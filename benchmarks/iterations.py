@@ -1,9 +1,10 @@
 """What iterations of MAVIS gain on SmolLM2: reward, KL and `reward - KL / beta` on unseen prompts.
 
-    python benchmarks/iterations.py            # about 40 minutes on one core, resumable
+    python benchmarks/iterations.py            # 35 minutes a seed on one core, resumable
 
 Each seed trains a four-layer value model of four objectives from nothing: trees of the base model,
-then trees of each objective's own policy, sampled by vLLM. Writes docs/iterations.json, its plot
+then trees of each objective's own policy, sampled by vLLM; its values guide with the scale that the
+base model's responses to the held-out prompts bear out. Writes docs/iterations.json, its plot
 and table: medians over the seeds, each policy with the bootstrap interval of its median seed.
 """
 
@@ -110,6 +111,9 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     (r["policies"][i][name][measure] for r in results), key=lambda x: x["value"]
                 )
                 summary[name][measure] = seeds[len(seeds) // 2]
+            if "candidate_scale" in measured:
+                scales = [r["policies"][i][name]["candidate_scale"] for r in results]
+                summary[name]["candidate_scale"] = float(np.median(scales))
         policies.append(summary)
     return policies
 
@@ -121,16 +125,17 @@ def table(policies: list[dict[str, Any]], beta: float) -> str:
         return f"{x['value']:+.2f} [{x['low']:+.2f}, {x['high']:+.2f}]"
 
     lines = [
-        f"| objective | policy | reward | KL, nats | reward - KL / {beta:g} | change |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| objective | policy | scale | reward | KL, nats | reward - KL / {beta:g} | change |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in policies[0]:
         for i, policy in enumerate(policies):
             m = policy[name]
             label = f"iteration {i - 1}" if i else "base model"
             change = cell(m["improvement"]) if "improvement" in m else ""
+            scale = f"{m['candidate_scale']:.2f}" if "candidate_scale" in m else ""
             lines.append(
-                f"| {name} | {label} | {cell(m['reward'])} | {m['kl']['value']:.2f} "
+                f"| {name} | {label} | {scale} | {cell(m['reward'])} | {m['kl']['value']:.2f} "
                 f"| {cell(m['objective'])} | {change} |"
             )
     return "\n".join(lines) + "\n"
