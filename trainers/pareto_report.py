@@ -75,51 +75,54 @@ def _by_budget(title: str, rows: Sequence[Mapping[str, Any]], sign: str = "") ->
 
 def _plane(plane: Mapping[str, Any], against: Mapping[str, Any] | None) -> list[str]:
     """The hypervolumes of one plane."""
-    behind = against and f"{against['method']} {against['strength']:g} ahead by"
-    behind_front = against and f"{against['method']}, all strengths, ahead by"
-    head = ["method", "strength", "points", "on the joint front", "hypervolume"]
-    rows = [
-        [
-            row["method"],
-            f"{row['strength']:g}",
-            str(row["points"]),
-            str(row["on_joint_front"]),
-            _interval(row, sign=""),
-            *([_interval(row["behind"]), _interval(row["behind_front"])] if behind else []),
-        ]
-        for row in plane["hypervolume"]
-    ]
-    fronts = [
-        [
-            row["method"],
-            str(row["points"]),
-            _interval(row, sign=""),
-            *([_interval(row["behind"])] if behind else []),
-        ]
-        for row in plane["fronts"]
-    ]
+    one, whole = [], []  # headings of the columns that compare
+    if against:
+        one = [f"{against['method']} {against['strength']:g} ahead by"]
+        whole = [f"{against['method']}, all strengths, ahead by"]
     lines = [
         f"From {-plane['reference']:g} standard deviations below the unguided mean in every "
         f"objective; the unguided model is worth {plane['unguided']:g}.",
         "",
-        *_table([*head, behind, behind_front] if behind else head, rows),
+        *_table(
+            ["method", "strength", "points", "on the joint front", "hypervolume", *one, *whole],
+            [
+                [
+                    row["method"],
+                    f"{row['strength']:g}",
+                    str(row["points"]),
+                    str(row["on_joint_front"]),
+                    _interval(row, sign=""),
+                    *(_interval(row["behind"]) for _ in one),
+                    *(_interval(row["behind_front"]) for _ in whole),
+                ]
+                for row in plane["hypervolume"]
+            ],
+        ),
         "All strengths of a method together:",
         "",
         *_table(
-            ["method", "points", "hypervolume", *([behind_front] if behind else [])],
-            fronts,
+            ["method", "points", "hypervolume", *whole],
+            [
+                [
+                    row["method"],
+                    str(row["points"]),
+                    _interval(row, sign=""),
+                    *(_interval(row["behind"]) for _ in whole),
+                ]
+                for row in plane["fronts"]
+            ],
         ),
     ]
     for other in plane.get("other_references", []):
         lines += [f"From {-other['reference']:g} below, {other['unguided']:g} unguided:", ""]
         lines += _table(
-            ["method", "strength", "hypervolume", *([behind] if behind else [])],
+            ["method", "strength", "hypervolume", *one],
             [
                 [
                     row["method"],
                     f"{row['strength']:g}",
                     _interval(row, sign=""),
-                    *([_interval(row["behind"])] if behind else []),
+                    *(_interval(row["behind"]) for _ in one),
                 ]
                 for row in other["hypervolume"]
             ],
