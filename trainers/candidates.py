@@ -102,6 +102,12 @@ def add_candidates(
             sequences[i].update(arrays)
 
 
+def read_candidates(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+    """The model's [`~trimtab.plugins.value_model.MAVISValueOutput`] on a batch with candidates."""
+    names = ("input_ids", "attention_mask", "position_ids", "candidates", "candidate_positions")
+    return model(**{name: batch[name] for name in names})
+
+
 @torch.no_grad()
 def candidate_differences(
     model: MAVISValueModel, sequences: Sequence[dict[str, Any]], collate: Any
@@ -127,13 +133,7 @@ def candidate_differences(
     ranges = []
     for sequence in sequences:
         batch = {name: tensor.to(device) for name, tensor in collate([sequence]).items()}
-        values = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-            candidates=batch["candidates"],
-            candidate_positions=batch["candidate_positions"],
-        ).candidate_logits[0]
+        values = read_candidates(model, batch).candidate_logits[0]
         ranges.append(values.amax(1) - values.amin(1))
     model.train(training)
     return torch.cat(ranges)
@@ -190,13 +190,7 @@ def advantage_slopes(
             rows = ("candidate_positions", "candidates", "candidate_log_probs")
             batch = collate([sequence | {name: sequence[name][part] for name in rows}])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            outputs = model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                position_ids=batch["position_ids"],
-                candidates=batch["candidates"],
-                candidate_positions=batch["candidate_positions"],
-            )
+            outputs = read_candidates(model, batch)
             values = outputs.candidate_logits[0].double().cpu().numpy()  # [n, k, n_objectives]
             weights = np.exp(sequence["candidate_log_probs"][part].astype(float) / temperature)
             weights = (weights / weights.sum(1, keepdims=True))[..., None]

@@ -24,7 +24,7 @@ from trimtab.plugins.value_model import (
     tokenizer_fingerprint,
 )
 
-from .candidates import RANGE_SEQUENCES, add_candidates
+from .candidates import RANGE_SEQUENCES, add_candidates, read_candidates
 from .distillation_config import MAVISDistillationConfig
 from .mavis_trainer import (
     ValueModelTrainer,
@@ -143,10 +143,9 @@ class MAVISDistillationTrainer(ValueModelTrainer):
         self.value_config.top_k = self.top_k
         self.value_config.reward_mean = [x for c in configs for x in c.reward_mean or []]
         self.value_config.reward_std = [x for c in configs for x in c.reward_std or []]
-        if any(c.candidate_scale for c in configs):
-            self.value_config.candidate_scale = [
-                x for c in configs for x in c.candidate_scale or [1.0] * len(c.objectives or [])
-            ]
+        scales = [x for c in configs for x in c.candidate_scale or [1.0] * len(c.objectives or [])]
+        scaled = any(c.candidate_scale for c in configs)
+        self.value_config.candidate_scale = scales if scaled else None
         self.value_config.provenance = provenance(
             teachers=[{"name": c.name_or_path, "provenance": c.provenance} for c in configs],
             training={
@@ -293,13 +292,7 @@ class MAVISDistillationTrainer(ValueModelTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=inputs["position_ids"],
-            candidates=inputs["candidates"],
-            candidate_positions=inputs["candidate_positions"],
-        )
+        outputs = read_candidates(model, inputs)
         known = inputs["candidate_known"]
         weights = candidate_weights(inputs["candidate_log_probs"][known], self.args.uniform_weight)
         student = centre(outputs.candidate_logits[known], weights)

@@ -479,6 +479,7 @@ class MAVISTrainer(ValueModelTrainer):
         mean, std = reward_statistics(trees["train"], self.objectives)
         self.value_config.reward_mean = mean.tolist()
         self.value_config.reward_std = std.tolist()
+        self.value_config.candidate_scale = None  # what it came with is of other values
         training = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
         self.value_config.provenance = provenance(
             rollouts={**vars(self.tree_config), "prompts": len(trees["train"])},

@@ -112,7 +112,9 @@ def test_student_has_the_scales_of_its_teachers(base_model, trees, tmp_path):
     ]
     made = trainer(base_model, tmp_path, teachers, trees)
     assert made.model.config.candidate_scale == [1.0, 1.0, 0.5]
-    assert trainer(base_model, tmp_path, teachers[0], trees).model.config.candidate_scale is None
+    student = value_model(base_model, ["a", "b"], candidate_scale=[0.1, 0.2])  # of other values
+    made = trainer(base_model, tmp_path, teachers[0], trees, student)
+    assert made.model.config.candidate_scale is None
 
 
 def test_some_prefixes_are_drawn_and_the_same_again(base_model, trees, tmp_path):

@@ -109,6 +109,16 @@ def test_values_guide_as_far_as_responses_bear_them_out(iterated):
     ]
 
 
+def test_a_scale_of_other_values_is_forgotten(base_model, tmp_path):
+    model = MAVISValueModel.from_base_model(
+        base_model, list(REWARDS), num_hidden_layers=2, candidate_scale=[0.1, 0.2]
+    )
+    made = trainer(model, tmp_path)
+    made.train()
+    made.save_model()
+    assert load_config(str(tmp_path)).candidate_scale is None
+
+
 def test_best_iteration_is_kept(iterated):
     made, folder = iterated
     iterations = made.value_config.provenance["iterations"]
