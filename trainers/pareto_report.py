@@ -76,7 +76,7 @@ def _by_budget(title: str, rows: Sequence[Mapping[str, Any]], sign: str = "") ->
 def _plane(plane: Mapping[str, Any], against: Mapping[str, Any] | None) -> list[str]:
     """The hypervolumes of one plane."""
     one, whole = [], []  # headings of the columns that compare
-    if against:
+    if against and all("behind" in row for row in plane["hypervolume"]):
         one = [f"{against['method']} {against['strength']:g} ahead by"]
         whole = [f"{against['method']}, all strengths, ahead by"]
     lines = [

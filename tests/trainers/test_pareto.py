@@ -352,6 +352,15 @@ def test_what_is_compared_must_be_there(result):
         evaluate(result[1], planes=[("red", "green")])
 
 
+def test_a_plane_without_what_is_compared_against_is_reported(tmp_path):
+    mixed = Policy("mixed", respond_with(1.0), weights=[{"red": 0.5, "blue": 0.5}])
+    points = sweep([*policies()[:2], mixed], PROMPTS, WEIGHTS, REWARDS, tmp_path, seeds=2)
+    result = evaluate(points, [("red",)], against=("mixed", mixed.strength), draws=20)
+    write_report(result, tmp_path / "front")
+    red, both = (tmp_path / "front.md").read_text().split("## Hypervolume: ")[1:3]
+    assert "ahead by" not in red and "ahead by" in both
+
+
 def test_reports_hold_every_point_and_need_no_network(result, tmp_path):
     result, _ = result
     files = write_report(result, tmp_path / "out" / "front", intro="# Title\n\n")
