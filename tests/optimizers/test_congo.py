@@ -313,6 +313,10 @@ def test_schedule_and_unit_gradients():
         steps.append(optimizer.last_round.step)
     np.testing.assert_allclose(steps, [0.5, 0.25, 0.5 / 3])
     copied = pickle.loads(pickle.dumps(optimizer))
+    for one in (copied, optimizer):
+        run_round(one, lambda x: float(7 * x[3]))
+    assert copied.last_round.step == optimizer.last_round.step == pytest.approx(0.5 / 4)
+    np.testing.assert_array_equal(copied.recommend().value, optimizer.recommend().value)
     np.testing.assert_array_equal(copied.ask().value, optimizer.ask().value)
 
 
