@@ -29,7 +29,7 @@ from trimtab.plugins import GuidanceParams, MAVISValueModel, ValueEngine
 from trimtab.plugins.guide import Guide
 from trimtab.trainers import Policy, Response, evaluate, sweep, write_report
 
-ARMS = ("separate", "distilled", "joint")
+KL_BUDGETS = (2.5, 5.0, 10.0)  # a model may keep the front by moving the policy further
 
 
 def train(args: argparse.Namespace) -> dict[str, list[Path]]:
@@ -124,7 +124,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--beta", type=float, default=8.0)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="sample these, write no report")
     parser.add_argument("--report", type=Path, default=ROOT / "docs/distilled")
     args = parser.parse_args()
     args.max_tokens = Budget.max_tokens
@@ -135,11 +134,9 @@ def main() -> None:
     claim(args.artifacts, {"base": str(args.base), "top_k": TOP_K, "max_tokens": args.max_tokens})
     arms = Fronts(args)
     policies = [Policy("unguided", arms.unguided, weights=[{}])]
-    for name in args.arms or ARMS:
-        identity = ",".join(digest(path / "model.safetensors") for path in models[name])
-        policies.append(
-            Policy(name, arms.guided(models[name], args.beta), args.beta, identity=identity)
-        )
+    for name, paths in models.items():
+        identity = ",".join(digest(path / "model.safetensors") for path in paths)
+        policies.append(Policy(name, arms.guided(paths, args.beta), args.beta, identity=identity))
     points = sweep(
         policies,
         prompts,
@@ -149,9 +146,8 @@ def main() -> None:
         seeds=args.seeds,
         judges={o: getattr(_judges, o) for o in OBJECTIVES},
     )
-    if args.arms:
-        return
-    result = evaluate(points, [CONFLICT], against=("separate", args.beta), references=REFERENCES)
+    against = ("separate", args.beta)
+    result = evaluate(points, [CONFLICT], KL_BUDGETS, against=against, references=REFERENCES)
     result["parameters"] = {
         "base": str(args.base),
         "device": arms.device,
