@@ -174,11 +174,12 @@ def attend(
         mask = step.mask(window)
         limit = MAX_SCORES_CPU if q.device.type == "cpu" else MAX_SCORES
         piece = max(1, limit // (heads * queries * k.shape[2]))
-        pieces = [
-            _attend_last(q, kv, k, v, mask, scaling, softcap, step.written)
-            for q, kv, k, v, mask in zip(*(t.split(piece) for t in (q, kv, k, v, mask)))
-        ]
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        rest = scaling, softcap, step.written
+        if batch <= piece:
+            out = _attend_last(q, kv, k, v, mask, *rest)
+        else:
+            pieces = zip(*(t.split(piece) for t in (q, kv, k, v, mask)))
+            out = torch.cat([_attend_last(*tensors, *rest) for tensors in pieces])
     out = out.reshape(batch * queries, heads * dim)
     return out if step.packing is None else out.index_select(0, step.packing[0])
 

@@ -44,7 +44,8 @@ class ValueEngine:
         num_slots: Number of sequences that may be known at once.
         max_length: Longest prefix, in tokens.
         device: Where to compute.
-        dtype: float32, bfloat16 or float16, of weights and store. Values are always float32.
+        dtype: float32, bfloat16 or float16, of the backbones' weights and the store. Heads and
+            values are float32.
         kv_cache_memory: Upper bound of the store, in bytes; by default, room for every slot at full
             length. Whatever does not fit is evicted, least recently used first, and recomputed.
         prefill_tokens: Upper bound of the tokens in one pass over new prefixes.
@@ -78,14 +79,16 @@ class ValueEngine:
         for model in self.models:
             config = _cacheable(model, max_length)
             nn.Module.to(model.eval(), device=self.device)
-            for parameter in model.parameters():  # rotary frequencies, a buffer, stay exact
-                parameter.data = parameter.data.to(dtype)
+            # Rotary frequencies, a buffer, stay exact, and heads are read in float32.
+            for name, parameter in model.named_parameters():
+                kept = dtype if name.startswith("backbone.") else torch.float32
+                parameter.data = parameter.data.to(kept)
             bytes_per_token += config.num_hidden_layers * 2 * _kv_width(config) * dtype.itemsize
 
         for family in self._families:
             backbone = self.models[family[0]].backbone
             backbone.set_attn_implementation(ATTENTION)
-            fuse(backbone, adapters=len(family))
+            fuse(backbone, max_length + 1, adapters=len(family))
             if self.device.type == "cpu":
                 pack(backbone)
 
@@ -102,10 +105,11 @@ class ValueEngine:
                 f"at least {needed / GIB:.3g} GiB"
             )
         self.kv_cache_bytes = (num_blocks + 1) * BLOCK_SIZE * bytes_per_token
-        weights = {id(p): p.nbytes for model in self.models for p in model.parameters()}
+        weights: dict[int, int] = {}
         for model in self.models:
             packed = (m for m in model.modules() if isinstance(m, PackedLinear))
-            weights |= {id(m): m.nbytes for m in packed}
+            for held in (model.parameters(), model.buffers(), packed):
+                weights |= {id(x): x.nbytes for x in held}
         self.weight_bytes = sum(weights.values())
         self._stores: list[Store] = []  # of each family, its adapters' one behind the other
         for family in self._families:

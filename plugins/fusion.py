@@ -7,6 +7,7 @@ projections of one input are one matrix, and a pass is one loop. All others keep
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,10 @@ logger = logging.get_logger(__name__)
 
 # Pre-norm decoders with rotary embeddings and a gated MLP, and nothing else.
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
+# Tokens of a pass that the MLP takes at once on a CPU: what it makes of them stays in the cache,
+# and is small enough that its memory is not given back to the system each time.
+MLP_ROWS_CPU = 256
+TRIED = 4  # tokens of the prefix that layers are tried on
 
 
 class PackedLinear(nn.Module):
@@ -82,18 +87,70 @@ def join(layers: Sequence[Any]) -> nn.Module:
 class RMSNorm(nn.Module):
     """Root mean square normalisation in one call; `norm` is transformers' module of it."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any, kernels: Any = None) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.kernels is None:
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        out = torch.empty_like(x)
+        self.kernels.rms_norm(out, x, self.weight, self.eps)
+        return out
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `x + residual`, and that sum; may overwrite both."""
+        if self.kernels is None:
+            residual = residual + x
+            return self(residual), residual
+        self.kernels.fused_add_rms_norm(x, residual, self.weight, self.eps)
+        return x, residual
+
+
+class Rotary(nn.Module):
+    """Rotary embedding from a table of the angles at every position.
+
+    Args:
+        own: transformers' module of it.
+        length: Number of positions.
+        dtype: Of what is rotated.
+        kernels: `vllm_kernels()` or None.
+    """
+
+    def __init__(self, own: Any, length: int, dtype: torch.dtype, kernels: Any = None) -> None:
+        super().__init__()
+        self.own, self.kernels = own, kernels
+        positions = torch.arange(length, device=own.inv_freq.device)
+        angles = positions[:, None].float() * own.inv_freq
+        cos, sin = angles.cos() * own.attention_scaling, angles.sin() * own.attention_scaling
+        # vLLM's holds half of it; one product with the second half of ours does both signs.
+        parts = (cos, sin) if kernels is not None else (cos, cos, -sin, sin)
+        self.table: torch.Tensor  # [length, dim or 2 * dim]
+        self.register_buffer("table", torch.cat(parts, dim=-1).to(dtype), persistent=False)
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """What `rotate` needs for tokens at `positions` `[total]` int64."""
+        return positions if self.kernels is not None else self.table[positions][:, None]
+
+    def rotate(self, x: torch.Tensor, heads: int, at: torch.Tensor) -> None:
+        """Rotate `x` `[total, heads + kv_heads, dim]`, queries and keys, in place."""
+        dim = x.shape[-1]
+        if self.kernels is not None:
+            q, k = x[:, :heads].flatten(1), x[:, heads:].flatten(1)
+            self.kernels.rotary_embedding(at, q, k, dim, self.table, True)
+        else:
+            cos, sin = at.chunk(2, dim=-1)
+            torch.addcmul(x * cos, x.roll(dim // 2, -1), sin, out=x)
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer of a plain kind, `[total, hidden]` to the same."""
+    """A decoder layer of a plain kind, `[total, hidden]` to the same.
 
-    def __init__(self, layer: Any, config: Any) -> None:
+    What it adds to its input is returned beside the input, for the next norm to add in one call.
+    """
+
+    def __init__(self, layer: Any, config: Any, kernels: Any = None) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.dim, self.scaling = attention.head_dim, attention.scaling
@@ -101,7 +158,7 @@ class FusedLayer(nn.Module):
         if config.model_type == "mistral":
             self.window = config.sliding_window
         self.heads, self.kv_heads = config.num_attention_heads, kv_heads(config)
-        self.norm = RMSNorm(layer.input_layernorm)
+        self.norm = RMSNorm(layer.input_layernorm, kernels)
         self.qkv = join((attention.q_proj, attention.k_proj, attention.v_proj))
         self.head_norms = nn.ModuleList(
             RMSNorm(getattr(attention, name))
@@ -109,31 +166,40 @@ class FusedLayer(nn.Module):
             if hasattr(attention, name)
         )
         self.o = attention.o_proj
-        self.mlp_norm = RMSNorm(layer.post_attention_layernorm)
+        self.mlp_norm = RMSNorm(layer.post_attention_layernorm, kernels)
         self.gate_up = join((mlp.gate_proj, mlp.up_proj))
         self.act, self.down = mlp.act_fn, mlp.down_proj
+        # Adapters each take a share of the rows, so theirs stay together.
+        self.splits = type(self.gate_up) is type(self.down) is nn.Linear
 
     def forward(
         self,
         x: torch.Tensor,
-        cos: torch.Tensor,  # [total, 1, dim]
-        sin: torch.Tensor,  # the same, its first half negated
+        residual: torch.Tensor | None,  # what is still to be added to x, if anything
+        rotary: Rotary,
+        at: torch.Tensor,
         step: Step,
         store: torch.Tensor,
         stores_only: bool,
-    ) -> torch.Tensor:
-        qkv = self.qkv(self.norm(x)).view(len(x), -1, self.dim)
-        rotated = qkv[:, : self.heads + self.kv_heads]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = (self.norm(x), x) if residual is None else self.norm.add(x, residual)
+        qkv = self.qkv(x).view(len(x), -1, self.dim)
         q, kv = qkv[:, : self.heads], qkv[:, self.heads :]
         for norm, part in zip(self.head_norms, (q, kv[:, : self.kv_heads])):
             part.copy_(norm(part))
-        torch.addcmul(rotated * cos, rotated.roll(self.dim // 2, -1), sin, out=rotated)
+        rotary.rotate(qkv[:, : self.heads + self.kv_heads], self.heads, at)
         if stores_only:
             write(kv, step, store)
-            return x
-        x = x + self.o(attend(q, kv, step, store, self.scaling, self.window))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(self.act(gate).mul_(up))
+            return x, residual
+        x = self.o(attend(q, kv, step, store, self.scaling, self.window))
+        x, residual = self.mlp_norm.add(x, residual)
+        if self.splits and x.device.type == "cpu" and len(x) > MLP_ROWS_CPU:
+            return torch.cat([self.mlp(rows) for rows in x.split(MLP_ROWS_CPU)]), residual
+        return self.mlp(x), residual
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.act(gate).mul_(up))
 
 
 def run(
@@ -151,25 +217,33 @@ def run(
     """
     if mavis_step is None or mavis_store is None:
         raise RuntimeError(TAKEN)
-    x = backbone.embed_tokens(input_ids[0])
+    x, residual = backbone.embed_tokens(input_ids[0]), None
     rotary = backbone.rotary_emb
-    angles = position_ids[0, :, None, None].float() * rotary.inv_freq
-    cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
-    cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
+    at = rotary.at(position_ids[0])
     last = len(backbone.layers) - 1
     for i, layer in enumerate(backbone.layers):
-        x = layer(x, cos, sin, mavis_step, mavis_store[i], mavis_step.stores_only and i == last)
-    return (backbone.norm(x)[None],)
+        stores_only = mavis_step.stores_only and i == last
+        x, residual = layer(x, residual, rotary, at, mavis_step, mavis_store[i], stores_only)
+    return (backbone.norm.add(x, residual)[0][None],)
 
 
-def fuse(backbone: Any, adapters: int = 1) -> bool:
+def vllm_kernels() -> Any:
+    """vLLM's own kernels in a process that has loaded them, as one that serves has; else None.
+
+    On a CPU its norms are three times as fast as PyTorch's operators, its rotation ten times.
+    """
+    return sys.modules.get("vllm._custom_ops")
+
+
+def fuse(backbone: Any, length: int, adapters: int = 1) -> bool:
     """Replace a backbone's layers by fused ones, if it is of a plain kind.
 
     That both give the same for a short prefix is tried first: another version of transformers may
-    have changed a layer.
+    have changed a layer, another one of vLLM a kernel.
 
     Args:
         backbone: A decoder whose attention is `paged_attention`. It then only runs in an engine.
+        length: Number of positions that it will be asked for.
         adapters: Number of adapters in it, each with an equal share of the rows.
 
     Returns:
@@ -180,37 +254,47 @@ def fuse(backbone: Any, adapters: int = 1) -> bool:
         return False
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         return False  # they rotate by the longest sequence of a batch
-    if isinstance(backbone.layers[0], FusedLayer):  # by an engine before this one
+    layers, norm, rotary = backbone.layers, backbone.norm, backbone.rotary_emb
+    length, dtype = max(length, TRIED), backbone.embed_tokens.weight.dtype
+    if isinstance(layers[0], FusedLayer):  # by an engine before this one
+        backbone.rotary_emb = Rotary(rotary.own, length, dtype, rotary.kernels)
         return True
     expected = _try(backbone, adapters)
-    layers, norm = backbone.layers, backbone.norm
-    backbone.layers = nn.ModuleList(FusedLayer(layer, config) for layer in layers)
-    backbone.norm = RMSNorm(norm)
-    backbone.forward = partial(run, backbone)
-    found = _try(backbone, adapters)
-    tolerance = torch.finfo(backbone.embed_tokens.weight.dtype).eps ** 0.5
-    if (found - expected).norm() <= tolerance * expected.norm():
-        return True
-    logger.warning(
-        f"fused layers of {config.model_type!r} differ from transformers' own, which are used "
-        "instead and are slower"
-    )
-    backbone.layers, backbone.norm = layers, norm
+    tolerance = torch.finfo(dtype).eps ** 0.5 * expected.norm()
+    vllm = vllm_kernels()
+    for kernels in (None,) if vllm is None else (vllm, None):
+        backbone.layers = nn.ModuleList(FusedLayer(layer, config, kernels) for layer in layers)
+        backbone.norm = RMSNorm(norm, kernels)
+        backbone.rotary_emb = Rotary(rotary, length, dtype, kernels)
+        backbone.forward = partial(run, backbone)
+        try:
+            if (_try(backbone, adapters) - expected).norm() <= tolerance:
+                return True
+            reason = "the result differs"
+        except (AttributeError, RuntimeError, TypeError) as error:
+            if kernels is None:
+                raise
+            reason = str(error)
+        logger.warning(
+            f"fused layers of {config.model_type!r} with {'vLLM' if kernels else 'PyTorch'}'s "
+            f"operators are not used, and what is instead is slower: {reason}"
+        )
+    backbone.layers, backbone.norm, backbone.rotary_emb = layers, norm, rotary
     del backbone.forward
     return False
 
 
 @torch.inference_mode()
 def _try(backbone: Any, adapters: int) -> torch.Tensor:
-    """Hidden states of a prefix of four tokens, under each adapter."""
+    """Hidden states of a short prefix, under each adapter."""
     config, weight = backbone.config, backbone.embed_tokens.weight
-    index = torch.arange(4, device=weight.device)
+    index = torch.arange(TRIED, device=weight.device)
     step = Step(
-        written=4,
+        written=TRIED,
         write=BLOCK_SIZE + index,
         read=index[None, 1:2],
         positions=index[None],
-        lengths=index[:1] + 4,
+        lengths=index[:1] + TRIED,
         fresh=True,
     ).repeated(adapters, 2)
     shape = (2, 2 * adapters, kv_heads(config), BLOCK_SIZE, head_dim(config))

@@ -38,16 +38,16 @@ def make_model(
 ) -> MAVISValueModel:
     torch.manual_seed(seed)
     kind, own = BACKBONES[name]
-    options = {**own, **(options or {})}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
     backbone = kind(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        **{"num_key_value_heads": 2, **options},
-        head_dim=8,
-        max_position_embeddings=128,
+        vocab_size=VOCAB, max_position_embeddings=128, **{**sizes, **own, **(options or {})}
     )
     config = MAVISValueConfig(backbone_config=backbone, objectives=list(objectives), **fields)
     model = MAVISValueModel(config).eval()
@@ -232,9 +232,11 @@ def test_models_that_share_their_keys_differently_keep_their_own_masks():
 def test_half_precision_stays_near_float32(dtype):
     model = make_model()
     reference = plain(model)
-    weights = sum(parameter.numel() * 2 for parameter in model.parameters())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    weights = sum(n * (2 if name.startswith("backbone.") else 4) for name, n in sizes.items())
     engine = ValueEngine([model], num_slots=2, max_length=MAX_LENGTH, dtype=dtype)
-    assert engine.weight_bytes == weights  # also where they are packed
+    rotations = sum(buffer.nbytes for buffer in engine.models[0].buffers())
+    assert engine.weight_bytes == weights + rotations  # also where they are packed
     rng = np.random.default_rng(1)
     sequences = {s: rng.integers(0, VOCAB, 30 + 7 * s).tolist() for s in range(2)}
     candidates = rng.integers(0, VOCAB, (2, K))
@@ -343,7 +345,7 @@ def test_positions_stay_exact_in_half_precision():
     model = make_model()
     frequencies = model.backbone.rotary_emb.inv_freq.clone()
     engine = ValueEngine([model], num_slots=1, max_length=8, dtype=torch.bfloat16)
-    found = engine.models[0].backbone.rotary_emb.inv_freq
+    found = engine.models[0].backbone.rotary_emb.own.inv_freq
     assert found.dtype == torch.float32 and torch.equal(found, frequencies)
 
 

@@ -26,7 +26,7 @@ from tests.plugins.test_engine import (
 )
 from trimtab.plugins import MAVISValueConfig, MAVISValueModel, ValueEngine
 from trimtab.plugins.adapters import LoRALinear
-from trimtab.plugins.fusion import FusedLayer, Joined, RMSNorm, fuse, join
+from trimtab.plugins.fusion import FusedLayer, Joined, RMSNorm, fuse, join, vllm_kernels
 
 PLAIN = ("llama", "llama without groups", "qwen2", "qwen3", "mistral sliding")
 
@@ -49,27 +49,87 @@ def random_weights(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.fixture(params=["PyTorch", "vLLM"])
+def kernels(request, monkeypatch):
+    """Whose operators the layers are made of."""
+    if request.param == "vLLM":
+        pytest.importorskip("vllm._custom_ops")
+        assert vllm_kernels() is not None
+    else:
+        monkeypatch.setattr("trimtab.plugins.fusion.vllm_kernels", lambda: None)
+    return vllm_kernels() if request.param == "vLLM" else None
+
+
 @pytest.mark.parametrize("head_type", ["state", "action"])
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_layers_give_the_values_of_unfused_ones(monkeypatch, name, head_type, dtype):
-    model = random_weights(make_model(name, head_type=head_type))
-    unfused = copy.deepcopy(model)
-    options = {"num_slots": 3, "max_length": MAX_LENGTH, "dtype": dtype, "prefill_tokens": 16}
-    engine = ValueEngine([model], **options)
+def test_fused_layers_give_the_values_of_unfused_ones(monkeypatch, kernels, name, head_type, dtype):
+    monkeypatch.setattr("trimtab.plugins.fusion.MLP_ROWS_CPU", 7)
+    options = {"hidden_size": 64, "head_dim": 32} if kernels else {}
+    model = random_weights(make_model(name, head_type=head_type, options=options))
+    unfused, exact = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"num_slots": 3, "max_length": MAX_LENGTH, "prefill_tokens": 16}
+    engine = ValueEngine([model], dtype=dtype, **options)
     monkeypatch.setattr("trimtab.plugins.engine.fuse", lambda *args, **kwargs: False)
-    reference = ValueEngine([unfused], **options)
+    reference = ValueEngine([unfused], dtype=dtype, **options)
+    exact = ValueEngine([exact], **options)
     assert fused_layers(engine) == 3 and not fused_layers(reference)
+    assert engine.models[0].backbone.norm.kernels is kernels
     rng = np.random.default_rng(0)
     sequences = {s: rng.integers(0, VOCAB, n).tolist() for s, n in enumerate((1, 31, 70))}
     for _ in range(3):
         candidates = rng.integers(0, VOCAB, (3, 4))
-        values = engine_values(engine, sequences, [0, 1, 2], candidates)
-        expected = engine_values(reference, sequences, [0, 1, 2], candidates)
-        tolerance = 1e-5 if dtype == torch.float32 else 0.1
-        assert (values - expected).norm() < tolerance * expected.norm()
+        fused, theirs, expected = (
+            engine_values(e, sequences, [0, 1, 2], candidates) for e in (engine, reference, exact)
+        )
+        # In half precision, as near to float32 as the unfused layers are.
+        tolerance = 1e-5 * expected.norm() + 3 * (theirs - expected).norm()
+        assert (fused - expected).norm() < tolerance
         for slot in sequences:
             sequences[slot].append(int(candidates[slot, 0]))
+
+
+def test_a_longer_engine_takes_over_fused_layers():
+    model = make_model("llama")
+    reference = plain(model)
+    ValueEngine([model], num_slots=1, max_length=8)
+    engine = ValueEngine([model], num_slots=1, max_length=MAX_LENGTH)
+    sequences, candidates = {0: list(range(40))}, [[1, 2, 3, 4]]
+    values = engine_values(engine, sequences, [0], candidates)
+    expected = full_forward([reference], sequences[0], candidates[0])
+    torch.testing.assert_close(values[0], expected, rtol=1e-4, atol=1e-4)
+
+
+class Refuses:
+    def rms_norm(self, *args):
+        raise RuntimeError("hidden size must be a multiple of 16")
+
+
+class Differs:
+    def rms_norm(self, out, x, weight, eps):
+        out.copy_(x)
+
+    def fused_add_rms_norm(self, x, residual, weight, eps):
+        residual.add_(x)
+
+    def rotary_embedding(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("found", [Refuses(), Differs(), object()])
+def test_kernels_that_do_not_fit_are_not_used(monkeypatch, found):
+    warnings: list[str] = []
+    monkeypatch.setattr("trimtab.plugins.fusion.vllm_kernels", lambda: found)
+    monkeypatch.setattr("trimtab.plugins.fusion.logger.warning", warnings.append)
+    model = make_model("llama")
+    reference = plain(model)
+    engine = ValueEngine([model], num_slots=1, max_length=MAX_LENGTH)
+    assert fused_layers(engine) == 3 and model.backbone.norm.kernels is None
+    assert len(warnings) == 1 and "vLLM" in warnings[0]
+    sequences, candidates = {0: list(range(40))}, [[1, 2, 3, 4]]
+    values = engine_values(engine, sequences, [0], candidates)
+    expected = full_forward([reference], sequences[0], candidates[0])
+    torch.testing.assert_close(values[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_backbone_with_learnt_positions_keeps_its_layers():
@@ -105,7 +165,7 @@ def test_layers_of_another_function_are_left_alone(monkeypatch):
     layer = type(model.backbone.layers[0])
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda self, x, **kwargs: 2 * forward(self, x, **kwargs))
-    assert not fuse(model.backbone)
+    assert not fuse(model.backbone, MAX_LENGTH)
     assert all(type(found) is layer for found in model.backbone.layers)
     assert "forward" not in vars(model.backbone)
 
