@@ -8,7 +8,7 @@ whole blocks are copied and arrive in the order in which matrix products read th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -174,12 +174,12 @@ def attend(
         mask = step.mask(window)
         limit = MAX_SCORES_CPU if q.device.type == "cpu" else MAX_SCORES
         piece = max(1, limit // (heads * queries * k.shape[2]))
-        rest = scaling, softcap, step.written
+        last = partial(_attend_last, scaling=scaling, softcap=softcap, written=step.written)
         if batch <= piece:
-            out = _attend_last(q, kv, k, v, mask, *rest)
+            out = last(q, kv, k, v, mask)
         else:
             pieces = zip(*(t.split(piece) for t in (q, kv, k, v, mask)))
-            out = torch.cat([_attend_last(*tensors, *rest) for tensors in pieces])
+            out = torch.cat([last(*tensors) for tensors in pieces])
     out = out.reshape(batch * queries, heads * dim)
     return out if step.packing is None else out.index_select(0, step.packing[0])
 
