@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -134,6 +135,30 @@ def test_rollouts_are_sampled_over_http(client, smollm2, quality):
     assert sampler([prompt] * 2, [3, 3], [5, 5])[0] == sampler([prompt], [3], [5])[0]
     with pytest.raises(ValueError, match="base model only"):
         sampler([prompt], [3], [5], {"calm": 1.0})
+
+
+def test_the_served_model_judges_pairs(client, tmp_path):
+    from trimtab.trainers import PairwiseJudge
+
+    judge = PairwiseJudge(str(client.base_url), "smollm2", tmp_path / "answers.jsonl")
+    prompts = ["Name a colour.", [{"role": "user", "content": "Greet me."}]]
+    shown, first, second = ("Name a colour.", "Greet me."), ("Blue!", "Hi, friend."), ("No.", "Go.")
+    wins = judge.compare("is kinder", prompts, first, second)
+
+    def verdict(prompt: str, a: str, b: str) -> str:
+        question = judge.TEMPLATE.format(prompt=prompt, a=a, b=b, criterion="is kinder")
+        messages = [{"role": "user", "content": question}]
+        reply = client.chat.completions.create(
+            model="smollm2", messages=messages, temperature=0.0, max_tokens=8
+        )
+        named = set(re.findall(r"\b[AB]\b", reply.choices[0].message.content))
+        return "".join(sorted(named))
+
+    for prompt, a, b, win in zip(shown, first, second, wins, strict=True):
+        both = verdict(prompt, a, b), verdict(prompt, b, a)
+        assert win == {("A", "B"): 1.0, ("B", "A"): 0.0}.get(both, 0.5), both
+    assert (judge.compare("is kinder", prompts, second, first) == 1 - wins).all()
+    assert len(judge.cache.read_text().splitlines()) == 4, "every question is asked once"
 
 
 def test_streaming_and_parallel_samples(client):
