@@ -276,8 +276,9 @@ def fuse(backbone: Any, length: int, adapters: int = 1) -> bool:
                 raise
             reason = str(error)
         logger.warning(
-            f"fused layers of {config.model_type!r} with {'vLLM' if kernels else 'PyTorch'}'s "
-            f"operators are not used, and what is instead is slower: {reason}"
+            f"value models of type {config.model_type!r} run slower here than they could: layers "
+            f"fused of {'vLLM' if kernels else 'PyTorch'}'s operators do not fit transformers' "
+            f"own ({reason}); install the versions that trimtab was tested with"
         )
     backbone.layers, backbone.norm, backbone.rotary_emb = layers, norm, rotary
     del backbone.forward
