@@ -14,10 +14,12 @@ import pytest
 import torch
 import wordfreq
 
-from benchmarks import _published, search
+from benchmarks import _published, choose_trees, iterations, search
 from tests.conftest import make_tokenizer, make_value_model
 from tests.reference import Reference
+from tests.trainers.test_rollouts import grow
 from trimtab.plugins import MAVISValueModel, ValueEngine
+from trimtab.trainers.rollouts import TreeConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,3 +126,35 @@ def test_search_is_measured_once_and_read_again(tmp_path, base_model):
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.stdout == first.stdout
     assert (tmp_path / "artifacts/responses.jsonl").read_text() == answers
+
+
+def test_trees_are_chosen_by_the_variance_of_a_pilot_that_is_not_trained_on():
+    trees = grow(TreeConfig(max_completion_length=12, layers=3), end=0.1, count=20)
+    rng = np.random.default_rng(0)
+    for i, tree in enumerate(trees):
+        leaf = np.array([node.leaf for node in tree.nodes])
+        for name in choose_trees.OBJECTIVES:
+            tree.rewards[name] = np.where(leaf, rng.normal(scale=i + 1, size=len(leaf)), np.nan)
+    halves = [[choose_trees.below(tree, s) for s in (slice(0, 2), slice(2, 4))] for tree in trees]
+    for tree, parts in zip(trees, halves):
+        found = [(t.response(i), t.rewards["rarity"][i]) for t in parts for i in t.leaves()]
+        expected = [(tree.response(i), tree.rewards["rarity"][i]) for i in tree.leaves()]
+        assert sorted(found) == sorted(expected)
+    std = np.ones(len(choose_trees.OBJECTIVES))
+    tokens = sum(len(node.tokens) for _, rest in halves for node in rest.nodes[1:])
+    for choice in choose_trees.CHOICES:
+        chosen = choose_trees.choose(trees, std, choice, seed=0)
+        used = sum(len(node.tokens) for half in chosen for node in half.nodes[1:])
+        assert 0.4 * tokens < used <= 0.5 * tokens
+        indices = [half.prompt_index for half in chosen]
+        assert [half.nodes for half in chosen] == [halves[i][1].nodes for i in indices]
+    assert np.mean(indices) > 13  # the scales grow with the index, whose mean is 9.5
+
+
+def test_policies_are_summarised_by_the_seed_with_the_median_value():
+    def measured(value):
+        reward = {"value": value, "low": value - 1, "high": value + 2}
+        return {"rarity": {"reward": reward, "candidate_scale": value}}
+
+    seeds = [{"policies": [measured(value)]} for value in (3.0, 1.0, 2.0)]
+    assert iterations.summarise(seeds) == [measured(2.0)]

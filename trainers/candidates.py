@@ -20,7 +20,7 @@ from .pareto import interval, prompt_draws
 
 RANGE_SEQUENCES = 32  # that a candidate range is measured on
 RANGE_POSITIONS = 32  # in each
-SLOPE_POSITIONS = 32  # whose candidates are read together: their mask is a square
+PART_POSITIONS = 32  # whose candidates are read together: their mask is a square
 
 
 @torch.no_grad()
@@ -87,15 +87,16 @@ def add_candidates(
             "candidate_log_probs": top.log_softmax(-1),
         }
         if teachers:
-            with accelerator.autocast():
-                outputs = [
-                    teacher(**batch, candidates=candidates[None], candidate_positions=at[None])
-                    for teacher in teachers
-                ]
+            of_candidates = []
+            for part, rows in zip(at.split(PART_POSITIONS), candidates.split(PART_POSITIONS)):
+                with accelerator.autocast():
+                    outputs = [
+                        teacher(**batch, candidates=rows[None], candidate_positions=part[None])
+                        for teacher in teachers
+                    ]
+                of_candidates.append(torch.cat([o.candidate_logits[0] for o in outputs], -1))
             columns["teacher_values"] = torch.cat([o.logits[0] for o in outputs], -1)
-            columns["teacher_candidate_values"] = torch.cat(
-                [o.candidate_logits[0] for o in outputs], -1
-            )
+            columns["teacher_candidate_values"] = torch.cat(of_candidates)
         found[i] = {name: column.cpu().numpy() for name, column in columns.items()}
     for part in gather_object([found]):
         for i, arrays in part.items():
@@ -185,8 +186,8 @@ def advantage_slopes(
         taken = np.flatnonzero((sequence["depths"] > 0) & ~np.isnan(labels).all(-1))
         prefixes = np.searchsorted(positions, sequence["previous"][taken])
         total = np.zeros((2, labels.shape[1]))
-        for start in range(0, len(positions), SLOPE_POSITIONS):
-            part = slice(start, start + SLOPE_POSITIONS)
+        for start in range(0, len(positions), PART_POSITIONS):
+            part = slice(start, start + PART_POSITIONS)
             rows = ("candidate_positions", "candidates", "candidate_log_probs")
             batch = collate([sequence | {name: sequence[name][part] for name in rows}])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -197,7 +198,7 @@ def advantage_slopes(
             advantages = values - (weights * values).sum(1, keepdims=True)
             variances = (weights * advantages**2).sum(1)
             of_prefix = outputs.logits[0].double().cpu().numpy()[positions[part]]
-            inside = (prefixes >= start) & (prefixes < start + SLOPE_POSITIONS)
+            inside = (prefixes >= start) & (prefixes < start + PART_POSITIONS)
             tokens, at = taken[inside], prefixes[inside] - start
             hits = sequence["candidates"][part][at] == sequence["input_ids"][tokens, None]
             # A token that is no candidate here is one on the edge, by rounding.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from trimtab.trainers.candidates import SLOPE_POSITIONS, add_candidates, advantage_slopes
+from trimtab.trainers.candidates import PART_POSITIONS, add_candidates, advantage_slopes
 from trimtab.trainers.packing import DataCollatorForTrees, TreeDataset
 from trimtab.trainers.rollouts import TreeConfig
 
@@ -36,7 +36,7 @@ def test_slopes_are_those_of_a_plain_computation(base_model, head_type, temperat
     trees = grow(TreeConfig(max_completion_length=30, layers=3), end=0.1, count=6)
     sequences, collate = with_candidates(trees, max_length=80)
     assert len(sequences) > len(trees)  # some trees are cut in two
-    assert max(len(s["candidate_positions"]) for s in sequences) > SLOPE_POSITIONS
+    assert max(len(s["candidate_positions"]) for s in sequences) > PART_POSITIONS
     found = advantage_slopes(model, sequences, collate, temperature)
     sums = np.zeros((2, 2))
     for sequence in sequences:

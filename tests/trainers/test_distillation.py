@@ -131,7 +131,9 @@ def test_some_prefixes_are_drawn_and_the_same_again(base_model, trees, tmp_path)
 
 
 @pytest.mark.parametrize("head_type", ["state", "action"])
-def test_loss_is_that_of_a_plain_computation(base_model, trees, tmp_path, head_type):
+def test_loss_is_that_of_a_plain_computation(base_model, trees, tmp_path, monkeypatch, head_type):
+    # The teachers read the candidates of a few prefixes at once.
+    monkeypatch.setattr("trimtab.trainers.candidates.PART_POSITIONS", 5)
     teachers = [
         value_model(base_model, ["a", "b"], seed=1),
         value_model(base_model, ["c"], seed=2, layers=1),
