@@ -270,11 +270,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/heads.json")
     parser.add_argument("--png", type=Path, default=ROOT / "docs/heads.png")
     args = parser.parse_args()
+    names = [m.split("=")[0] for m in args.models]
+    if taken := {"kl", "unguided"} & set(names):
+        parser.error(f"--models: {taken} are keys of the result, take other names")
     rows = map(json.loads, (ROOT / "examples/prompts.jsonl").read_text().splitlines())
     prompts = [row["prompt"] for row in rows if row["split"] == "test"][: args.prompts]
     responses = sample(args, prompts)
     result = measure(args, responses, len(prompts))
-    names = [m.split("=")[0] for m in args.models]
     parameters = {
         "models": args.models, "at_beta": args.at_beta, "top_k": TOP_K,
         "max_tokens": MAX_TOKENS, "prompts": len(prompts), "samples": args.samples,

@@ -1,6 +1,6 @@
 """What iterations of MAVIS gain on SmolLM2: reward, KL and `reward - KL / beta` on unseen prompts.
 
-    python benchmarks/iterations.py            # 35 minutes a seed on one core, resumable
+    python benchmarks/iterations.py            # 45 minutes a seed on one core, resumable
 
 Each seed trains a four-layer value model of four objectives from nothing: trees of the base model,
 then trees of each objective's own policy, sampled by vLLM; its values guide with the scale that the
@@ -28,7 +28,7 @@ MEASURES = ("reward", "kl", "objective", "improvement")
 
 def folder_of(seed: int, args: argparse.Namespace) -> Path:
     """Where a seed's rollouts and value models are."""
-    return args.artifacts / "iterations" / f"seed-{seed}"
+    return args.artifacts / "iterations" / f"{args.train_prompts}-prompts" / f"seed-{seed}"
 
 
 def make_trainer(seed: int, args: argparse.Namespace, model: Any = None, **config: Any) -> Any:
@@ -151,8 +151,8 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--beta", type=float, default=8.0)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--top_k", type=int, default=20)
-    parser.add_argument("--train_prompts", type=int, default=64)
-    parser.add_argument("--test_prompts", type=int, default=40)
+    parser.add_argument("--train_prompts", type=int, default=128)
+    parser.add_argument("--test_prompts", type=int, default=48)
     return parser
 
 
