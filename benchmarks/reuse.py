@@ -1,8 +1,6 @@
 """Whether an iteration should learn from earlier rollouts too, at equal tokens sampled.
 
-    python benchmarks/reuse.py --train_prompts 64 --test_prompts 40        # 5 minutes a seed
-
-Comes after benchmarks/iterations.py with the same arguments.
+    python benchmarks/reuse.py            # after benchmarks/iterations.py; 6 minutes a seed
 
 Iteration 1 of every seed is trained twice from the value model of iteration 0: on its own rollouts
 alone, and on those of the base model as well. Both are evaluated on held-out prompts, on responses
