@@ -75,6 +75,7 @@ def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, val
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",  # importing TRL leaves another in the environment
     }
     run = subprocess.run(
         [sys.executable, script, str(base_model), str(value_model), json.dumps(jobs)],
