@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -74,22 +75,27 @@ class Step:
             )
         return self.made["copies", copies]
 
-    def rows(self, store: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a layer's keys and values are, as rows of the store.
-
-        Returns:
-            `[batch * written * 2 * kv_heads]`, rows of one token and head, in the order of the new
-            tokens, and `[2 * batch * kv_heads * blocks]`, rows of one block and head.
-        """
+    def write_rows(self, store: torch.Tensor) -> torch.Tensor:
+        """Where a layer's new keys and values go, `[batch * written * 2 * kv_heads]`: rows of one
+        token and head of the store, in the order of the new tokens."""
         _, blocks, heads, _, _ = store.shape
-        if ("rows", blocks, heads) not in self.made:
-            first = _rows_of_a_block(blocks, heads, self.read.device)
+        if ("write rows", blocks, heads) not in self.made:
+            first = _rows_of_a_block(blocks, heads, self.write.device)
             # A block is `heads` times as many rows as it has tokens.
             write = self.write + self.write // BLOCK_SIZE * ((heads - 1) * BLOCK_SIZE)
             write = write[:, None] + first.flatten() * BLOCK_SIZE
+            self.made["write rows", blocks, heads] = write.flatten()
+        return self.made["write rows", blocks, heads]
+
+    def read_rows(self, store: torch.Tensor) -> torch.Tensor:
+        """Where a layer's keys and values are, `[2 * batch * kv_heads * blocks]`: rows of one block
+        and head of the store."""
+        _, blocks, heads, _, _ = store.shape
+        if ("read rows", blocks, heads) not in self.made:
+            first = _rows_of_a_block(blocks, heads, self.read.device)
             read = (self.read * heads)[:, None] + first[:, None, :, None]
-            self.made["rows", blocks, heads] = write.flatten(), read.flatten()
-        return self.made["rows", blocks, heads]
+            self.made["read rows", blocks, heads] = read.flatten()
+        return self.made["read rows", blocks, heads]
 
     def visible(self, window: int | None) -> torch.Tensor:
         """Whether a query sees a stored key, `[batch, 1, queries or 1, blocks * BLOCK_SIZE]`."""
@@ -123,6 +129,11 @@ def kv_heads(config: Any) -> int:
 
 
 @lru_cache
+def _uses_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and find_spec("triton") is not None  # it comes with CUDA's PyTorch
+
+
+@lru_cache
 def _rows_of_a_block(blocks: int, heads: int, device: torch.device) -> torch.Tensor:
     """Rows of block 0, `[2, heads]`: of its keys and its values."""
     heads_of_parts = torch.arange(2 * heads, device=device).view(2, heads)
@@ -133,7 +144,7 @@ def write(kv: torch.Tensor, step: Step, store: torch.Tensor) -> None:
     """Store the new prefix tokens of `kv` `[batch * queries, 2 * kv_heads, dim]`."""
     batch, queries = step.positions.shape
     new = kv.view(batch, queries, *kv.shape[1:])[:, : step.written]
-    store.view(-1, kv.shape[2]).index_copy_(0, step.rows(store)[0], new.reshape(-1, kv.shape[2]))
+    store.view(-1, kv.shape[2]).index_copy_(0, step.write_rows(store), new.reshape(-1, kv.shape[2]))
 
 
 def attend(
@@ -165,6 +176,11 @@ def attend(
     write(kv, step, store)
     heads, dim = q.shape[1:]
     kv_heads = store.shape[2]
+    if step.written <= 1 and _uses_triton(q.device):
+        from .attention_triton import attend_last
+
+        out = attend_last(q, kv, step, store, scaling, window, softcap)
+        return out if step.packing is None else out.index_select(0, step.packing[0])
     q = q.view(batch, queries, heads, dim)
     kv = kv.view(batch, queries, 2 * kv_heads, dim)
     if step.written > 1 and softcap is None:
@@ -187,7 +203,7 @@ def attend(
 def _read(step: Step, store: torch.Tensor) -> torch.Tensor:
     """Keys and values of the prefixes, `[2, batch, kv_heads, length, dim]`."""
     _, _, heads, size, dim = store.shape
-    rows = store.view(-1, size * dim).index_select(0, step.rows(store)[1])
+    rows = store.view(-1, size * dim).index_select(0, step.read_rows(store))
     return rows.view(2, len(step.read), heads, -1, dim)
 
 

@@ -10,7 +10,8 @@ nothing of requests, weights or host engines.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,9 +22,11 @@ from torch import nn
 
 from .attention import ATTENTION, BLOCK_SIZE, Step, Store, head_dim, kv_heads
 from .fusion import PackedLinear, fuse, pack
+from .graphs import Indices, PassGraphs, pinned
 from .value_model import MAVISValueModel
 
 GIB = 1 << 30
+AHEAD_DEVICES = ("cuda",)  # where what `launch_ahead` launches runs beside what the caller does
 
 # history(slot, start, stop): the token ids at those positions of the slot's prefix.
 History = Callable[[int, int, int], "Sequence[int] | torch.Tensor"]
@@ -75,6 +78,11 @@ class ValueEngine:
         for i, model in enumerate(self.models):
             families.setdefault(id(model.backbone), []).append(i)
         self._families = list(families.values())  # indices of the models of each backbone
+        # Of those, by number: whose models read candidates at the prefix, and at their own place.
+        self._action, self._state = (
+            [f for f, family in enumerate(self._families) if kind(self.models[family[0]])]
+            for kind in (_is_action, lambda model: not _is_action(model))
+        )
         bytes_per_token = 0
         for model in self.models:
             config = _cacheable(model, max_length)
@@ -124,8 +132,7 @@ class ValueEngine:
             )
         with torch.inference_mode():
             self._action_tables = [
-                model.action_table() if model.config.head_type == "action" else None
-                for model in self.models
+                model.action_table() if _is_action(model) else None for model in self.models
             ]
         self.weight_bytes += sum(t.nbytes for t in self._action_tables if t is not None)
 
@@ -144,6 +151,12 @@ class ValueEngine:
         self._cached = np.zeros(num_slots, dtype=np.int64)  # prefix tokens whose keys are stored
         self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
         self._clock = 0
+
+        self.launches_ahead = self.device.type in AHEAD_DEVICES
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._ahead = np.full(num_slots, -1)  # a slot's row of what was launched ahead
+        self._ahead_hidden: dict[int, torch.Tensor] = {}  # of each model
+        self._graphs: dict[tuple[tuple[int, ...], int, int], PassGraphs] = {}
 
     @property
     def candidate_range(self) -> tuple[float, ...] | None:
@@ -164,12 +177,12 @@ class ValueEngine:
     @property
     def reads_candidates(self) -> bool:
         """Whether some model reads the candidates themselves, so that fewer of them cost less."""
-        return None in self._action_tables
+        return bool(self._state)
 
     @property
     def has_action_heads(self) -> bool:
         """Whether some model reads its candidates at the prefix."""
-        return any(table is not None for table in self._action_tables)
+        return bool(self._action)
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget what is stored of `slot` from position `length` on."""
@@ -186,6 +199,68 @@ class ValueEngine:
     def release(self, slot: int) -> None:
         """Forget `slot` and give its memory back."""
         self.truncate(slot, 0)
+
+    @torch.inference_mode()
+    def record_graphs(self, top_k: int, rerank: int = 0) -> int:
+        """Record the passes of a decoding step as CUDA graphs.
+
+        Args:
+            top_k: Number of candidates whose passes are recorded; others are launched kernel by
+                kernel.
+            rerank: Likewise, of candidates that are read again.
+
+        Returns:
+            The number of graphs.
+        """
+        kinds = {(tuple(self._action), 1, 1)}
+        kinds |= {(tuple(self._state), 1, 1 + top_k)}
+        if self.launches_ahead:
+            kinds |= {((*range(len(self._families)),), 1, 1), (tuple(self._state), 1, 1)}
+            kinds |= {(tuple(self._state), 0, top_k)}
+        if rerank:
+            kinds |= {(tuple(self._action), 0, min(rerank, top_k))}
+        for families, written, queries in kinds:
+            if families:
+                self._graphs[families, written, queries] = PassGraphs(
+                    partial(self._run, families),
+                    written,
+                    queries,
+                    self._table.shape[1],
+                    len(self._table),
+                    self.device,
+                )
+        return sum(len(graphs.batches) for graphs in self._graphs.values())
+
+    @torch.inference_mode()
+    def launch_ahead(
+        self, slots: np.ndarray, lengths: np.ndarray, last_tokens: torch.Tensor
+    ) -> None:
+        """Launch what the next `values` of these prefixes need whatever the candidates are.
+
+        On a CUDA device it runs on a stream of its own, beside what the caller launches until then.
+        A prefix of which more than the last token is missing is left to `values`, and asking for
+        other prefixes then costs no more than this call.
+
+        Args:
+            slots: As `values` takes them.
+            lengths: Likewise; those out of range are left out.
+            last_tokens: Likewise.
+        """
+        ready = np.flatnonzero((self._cached[slots] == lengths - 1) & (lengths <= self.max_length))
+        slots, lengths = slots[ready], lengths[ready]
+        if not slots.size or (-(-lengths // BLOCK_SIZE)).sum() > self._num_blocks:
+            return
+        self._clock += 1
+        self._used[slots] = self._clock
+        self._allocate(slots, lengths)
+        with self._beside(last_tokens):
+            tokens = last_tokens[self._to_device(ready)].long()
+            families = range(len(self._families))
+            positions = lengths[:, None] - 1
+            self._ahead_hidden = self._pass(families, slots, lengths, positions, 1, tokens)
+        self._cached[slots] = lengths
+        self._ahead[:] = -1
+        self._ahead[slots] = np.arange(len(slots))
 
     @torch.inference_mode()
     def values(
@@ -234,33 +309,94 @@ class ValueEngine:
             return torch.cat(halves)
         self._clock += 1
         self._used[slots] = self._clock
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        ahead = np.where(self._cached[slots] == lengths, self._ahead[slots], -1)
         self._store_prefixes(slots, lengths, history)
         self._cached[slots] = lengths
-        last_tokens = last_tokens[:, None].to(candidates.dtype)
-        values: dict[int, torch.Tensor] = {}
-        alone = beside = None  # the pass of each head
-        for f, family in enumerate(self._families):
-            if self._action_tables[family[0]] is not None:
-                alone = alone or self._step(slots, lengths, lengths[:, None] - 1, 1)
-                for i, hidden in zip(family, self._forward(f, last_tokens.flatten(), alone)):
-                    values[i] = self.models[i].read_action_head(
-                        hidden, candidates, self._action_tables[i]
-                    )
-                continue
-            beside = beside or self._candidate_step(slots, lengths, counts)
-            width = beside.positions.shape[1] - 1
-            tokens = torch.cat((last_tokens, candidates[:, :width]), dim=1).flatten()
-            if beside.packing is not None:
-                tokens = tokens[beside.packing[0]]
-            for i, hidden in zip(family, self._forward(f, tokens, beside)):
-                read = self.models[i].read_head(hidden)
-                if beside.packing is not None:
-                    read = read.index_select(0, beside.packing[1])
-                read = read.view(len(slots), 1 + width, -1)[:, 1:]
-                values[i] = nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width))
-        if rerank is not None and alone is not None:
+        last_tokens = last_tokens.to(candidates.dtype)
+        at_prefix = self._at_prefix(slots, lengths, last_tokens, ahead)
+        values = {
+            i: self.models[i].read_action_head(hidden, candidates, self._action_tables[i])
+            for i, hidden in at_prefix.items()
+        }
+        if self._state:
+            stored = bool((ahead >= 0).any())  # then `_at_prefix` has seen to the others too
+            values |= self._at_candidates(
+                slots, lengths, last_tokens, candidates, counts, int(not stored)
+            )
+        if rerank is not None and self._action:
             self._rerank(slots, lengths, candidates, values, rerank)
+        self._ahead[:] = -1  # the next pass may overwrite what was launched ahead
         return torch.cat([values[i] for i in range(len(self.models))], dim=-1)
+
+    def _at_prefix(
+        self, slots: np.ndarray, lengths: np.ndarray, last_tokens: torch.Tensor, ahead: np.ndarray
+    ) -> dict[int, torch.Tensor]:
+        """Hidden states at the prefixes' last tokens `[batch, hidden]`, of every action head.
+
+        `ahead` `[batch]` are the rows of what was launched ahead, -1 for a prefix that was not. If
+        some were, the other prefixes' last tokens are stored for the state heads as well.
+        """
+        of_action = [i for f in self._action for i in self._families[f]]
+        rest = np.flatnonzero(ahead < 0)
+        positions = lengths[rest, None] - 1
+        if len(rest) == len(slots):
+            if not self._action:
+                return {}
+            return self._pass(self._action, slots, lengths, positions, 1, last_tokens)
+        if not rest.size:
+            rows = self._to_device(ahead)
+            return {i: self._ahead_hidden[i][rows] for i in of_action}
+        # The pass may overwrite what it returned when it ran ahead.
+        before = {i: hidden.clone() for i, hidden in self._ahead_hidden.items()}
+        hidden = self._pass(
+            range(len(self._families)), slots[rest], lengths[rest], positions, 1,
+            last_tokens[self._to_device(rest)],
+        )  # fmt: skip
+        order = ahead.copy()
+        order[rest] = len(before[0]) + np.arange(len(rest))
+        rows = self._to_device(order)
+        return {i: torch.cat((before[i], hidden[i]))[rows] for i in of_action}
+
+    def _at_candidates(
+        self,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        last_tokens: torch.Tensor,
+        candidates: torch.Tensor,
+        counts: np.ndarray,
+        written: int,
+    ) -> dict[int, torch.Tensor]:
+        """Values `[batch, k, objectives]` of every state head.
+
+        `written` is 1 if the prefixes' last tokens are still to be stored, else 0.
+        """
+        width = int(counts.max(initial=0))
+        positions = np.repeat(lengths[:, None], written + width, axis=1)
+        positions[:, :written] -= 1
+        tokens = candidates[:, :width]
+        if written:
+            tokens = torch.cat((last_tokens[:, None], tokens), dim=1)
+        packing = None
+        if (counts < width).any():
+            real = np.arange(written + width) < written + counts[:, None]
+            padded = np.where(real, real.cumsum().reshape(real.shape) - 1, 0)
+            packing = (
+                self._to_device(np.flatnonzero(real)),
+                self._to_device(padded.reshape(-1)),
+            )
+        values = {}
+        hidden = self._pass(
+            self._state, slots, lengths, positions, written, tokens.flatten(), packing
+        )
+        for i, of_model in hidden.items():
+            read = self.models[i].read_head(of_model)
+            if packing is not None:
+                read = read.index_select(0, packing[1])
+            read = read.view(len(slots), written + width, -1)[:, written:]
+            values[i] = nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width))
+        return values
 
     def _rerank(
         self,
@@ -277,16 +413,13 @@ class ValueEngine:
         merged = torch.cat([values[i] for i in range(len(self.models))], dim=-1)
         chosen, share = rerank(merged, np.arange(len(slots)))
         tokens = candidates.gather(1, chosen).flatten()
-        step = self._step(slots, lengths, np.repeat(lengths[:, None], chosen.shape[1], axis=1), 0)
+        positions = np.repeat(lengths[:, None], chosen.shape[1], axis=1)
         index = chosen[..., None]
-        for f, family in enumerate(self._families):
-            if self._action_tables[family[0]] is None:
-                continue
-            for i, hidden in zip(family, self._forward(f, tokens, step)):
-                own = self.models[i].read_head(hidden).view(*chosen.shape, -1)
-                moved = own - values[i].gather(1, index.expand_as(own))
-                moved = (share[..., None] * moved).sum(1, keepdim=True)
-                values[i] = (values[i] + moved).scatter(1, index.expand_as(own), own)
+        for i, hidden in self._pass(self._action, slots, lengths, positions, 0, tokens).items():
+            own = self.models[i].read_head(hidden).view(*chosen.shape, -1)
+            moved = own - values[i].gather(1, index.expand_as(own))
+            moved = (share[..., None] * moved).sum(1, keepdim=True)
+            values[i] = (values[i] + moved).scatter(1, index.expand_as(own), own)
 
     def _store_prefixes(self, slots: np.ndarray, lengths: np.ndarray, history: History) -> None:
         """Bring the store up to all but the last token of each prefix, with room for that one."""
@@ -387,68 +520,91 @@ class ValueEngine:
                 tokens[i, : n[i]] = prefixes[row][done[i] : done[i] + n[i]]
             offsets = np.arange(width)
             positions = np.where(offsets < n[:, None], first[:, None] + offsets, -1)
-            step = self._step(rows, first + n, positions, width)
+            step = self._step(self._indices(rows, first + n, positions, width), width)
             step = replace(step, fresh=not first.any(), stores_only=True)
-            for family in range(len(self._families)):
-                self._forward(family, self._to_device(tokens.reshape(-1)), step)
+            self._run(range(len(self._families)), self._to_device(tokens.reshape(-1)), step)
             self._cached[rows] = first + n
 
-    def _candidate_step(self, slots: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> Step:
-        """The pass over every prefix's last token and its first `counts` candidates."""
-        width = int(counts.max(initial=0))
-        positions = np.repeat(lengths[:, None], 1 + width, axis=1)
-        positions[:, 0] -= 1
-        step = self._step(slots, lengths, positions, 1)
-        if (counts == width).all():
-            return step
-        real = np.arange(1 + width) <= counts[:, None]
-        padded = np.where(real, real.cumsum().reshape(real.shape) - 1, 0)
-        return replace(
-            step,
-            packing=(
-                self._to_device(np.flatnonzero(real)),
-                self._to_device(padded.reshape(-1)),
-            ),
-        )
+    def _pass(
+        self,
+        families: Sequence[int],
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        positions: np.ndarray,
+        written: int,
+        tokens: torch.Tensor,
+        packing: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> dict[int, torch.Tensor]:
+        """Last hidden states `[total, hidden]` of each model of some families.
 
-    def _step(
+        `positions` `[batch, queries]` are those of `tokens` `[batch * queries]`, of which the pass
+        runs over the `total` that `packing` keeps; see `Step`. What a recorded pass returns is
+        overwritten when it is next replayed.
+        """
+        indices = self._indices(slots, lengths, positions, written)
+        graphs = self._graphs.get((tuple(families), written, positions.shape[1]))
+        hidden = None
+        if graphs is not None and packing is None:
+            hidden = graphs(tokens, indices)
+        if hidden is None:
+            step = replace(self._step(indices, written), packing=packing)
+            hidden = self._run(families, tokens if packing is None else tokens[packing[0]], step)
+        return dict(zip((i for f in families for i in self._families[f]), hidden))
+
+    def _indices(
         self, slots: np.ndarray, lengths: np.ndarray, positions: np.ndarray, written: int
-    ) -> Step:
+    ) -> Indices:
         """A pass over tokens at `positions` `[batch, queries]`, -1 where there is none."""
         table = self._table[slots]
         new = np.maximum(positions[:, :written], 0)
         write = table[np.arange(len(slots))[:, None], new // BLOCK_SIZE] * BLOCK_SIZE
         write = np.where(positions[:, :written] < 0, 0, write + new % BLOCK_SIZE)
-        longest = -(-int(lengths.max(initial=1)) // BLOCK_SIZE)
+        return Indices(write.reshape(-1), table, np.maximum(positions, 0), lengths)
+
+    def _step(self, indices: Indices, written: int) -> Step:
+        longest = -(-int(indices.lengths.max(initial=1)) // BLOCK_SIZE)
         return Step(
             written=written,
-            write=self._to_device(write.reshape(-1)),
-            read=self._to_device(table[:, :longest]),
-            positions=self._to_device(np.maximum(positions, 0)),
-            lengths=self._to_device(lengths),
+            write=self._to_device(indices.write),
+            read=self._to_device(indices.read[:, :longest]),
+            positions=self._to_device(indices.positions),
+            lengths=self._to_device(indices.lengths),
         )
 
-    def _forward(self, family: int, tokens: torch.Tensor, step: Step) -> Sequence[torch.Tensor]:
-        """Last hidden states `[total, hidden]` of `tokens` `[total]`, of each model of a family."""
-        adapters = len(self._families[family])
-        step = step.repeated(adapters, self._num_blocks + 1)
-        positions = step.positions.flatten()
-        if step.packing is not None:
-            positions = positions[step.packing[0]]
-        output = self.models[self._families[family][0]].backbone(
-            input_ids=(tokens if adapters == 1 else tokens.repeat(adapters))[None],
-            position_ids=positions[None],
-            use_cache=False,
-            mavis_step=step,
-            mavis_store=self._stores[family],
-        )
-        return output[0][0].chunk(adapters)  # its first entry, the last hidden states
+    def _run(self, families: Sequence[int], tokens: torch.Tensor, step: Step) -> list[torch.Tensor]:
+        """Last hidden states `[total, hidden]` of `tokens` `[total]`, of each model of families."""
+        hidden: list[torch.Tensor] = []
+        for family in families:
+            adapters = len(self._families[family])
+            repeated = step.repeated(adapters, self._num_blocks + 1)
+            positions = repeated.positions.flatten()
+            if repeated.packing is not None:
+                positions = positions[repeated.packing[0]]
+            output = self.models[self._families[family][0]].backbone(
+                input_ids=(tokens if adapters == 1 else tokens.repeat(adapters))[None],
+                position_ids=positions[None],
+                use_cache=False,
+                mavis_step=repeated,
+                mavis_store=self._stores[family],
+            )
+            hidden += output[0][0].chunk(adapters)  # its first entry, the last hidden states
+        return hidden
+
+    @contextmanager
+    def _beside(self, *inputs: torch.Tensor) -> Iterator[None]:
+        """Launch on the engine's own stream, after what has been launched so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        for tensor in inputs:  # their memory is not to be used again before
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()  # so that the copy does not wait for the device
-        return tensor.to(self.device, non_blocking=True)
+        host = pinned(torch.from_numpy(np.ascontiguousarray(array)), self.device)
+        return host.to(self.device, non_blocking=True)
 
 
 def _of_part(
@@ -456,6 +612,10 @@ def _of_part(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rerank` where the rows are counted within a part of its batch."""
     return rerank(values, part[rows])
+
+
+def _is_action(model: MAVISValueModel) -> bool:
+    return model.config.head_type == "action"
 
 
 def _kv_width(config: Any) -> int:
