@@ -34,6 +34,7 @@ except ModuleNotFoundError as error:
 
 from .adapters import load_value_models
 from .engine import GIB, ValueEngine
+from .graphs import pinned
 from .guide import Guide
 from .params import PREFIX, GuidanceConfig, GuidanceParams, request_params
 from .value_model import (
@@ -173,20 +174,33 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             dtype=dtype,
             kv_cache_memory=int(config.kv_cache_memory_gib * GIB),
         )
+        graphs = 0
+        if device.type == "cuda" and not model_config.enforce_eager:
+            try:
+                graphs = engine.record_graphs(self._serving.defaults.top_k, config.rerank)
+            except RuntimeError as error:
+                logger.warning(
+                    "MAVIS: CUDA graphs of the value models could not be recorded, so that their "
+                    "kernels are launched one by one; --enforce-eager does not try: %s",
+                    error,
+                )
         self._guide = self.guide_class(engine, num_slots, config.prune_eps, config.rerank)
         self._v2: LogitsProcRequestState | None = None if is_pin_memory is not None else state  # type: ignore
         self._requests: dict[int, _Request] = {}  # V1: guided requests by row
         self._rows = self._slots = np.zeros(0, dtype=np.int64)
         self._free_slots = list(range(num_slots))
+        # V2: slots guided in the last step, and the lengths of their prefixes then.
+        self._last = np.zeros((2, 0), dtype=np.int64)
         logger.info(
             "MAVIS: objectives %s, defaults %s, %s on %s, %.3f GiB weights, %.3f GiB key-value "
-            "store",
+            "store, %d CUDA graphs",
             list(self._serving.objectives),
             self._serving.defaults,
             str(dtype).removeprefix("torch."),
             device,
             engine.weight_bytes / GIB,
             engine.kv_cache_bytes / GIB,
+            graphs,
         )
 
     @classmethod
@@ -206,20 +220,26 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     # Model runner V1: rows are batch positions, token ids are on the host.
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the requests that joined, left and moved."""
-        if not process_dict_updates(self._requests, batch_update, self._new_request):
-            return
-        slots = {request.slot for request in self._requests.values()}
-        for slot in set(self._slots.tolist()) - slots:
-            self._guide.engine.release(slot)
-            self._free_slots.append(slot)
-        for request in self._requests.values():
-            if request.slot < 0:
-                request.slot = self._free_slots.pop()
-                self._guide.start(request.slot, request.params)
-        rows = sorted(self._requests)
-        self._rows = np.array(rows, dtype=np.int64)
-        self._slots = np.array([self._requests[row].slot for row in rows], dtype=np.int64)
+        """Follow the requests that joined, left and moved; launch what can be launched ahead."""
+        if process_dict_updates(self._requests, batch_update, self._new_request):
+            slots = {request.slot for request in self._requests.values()}
+            for slot in set(self._slots.tolist()) - slots:
+                self._guide.engine.release(slot)
+                self._free_slots.append(slot)
+            for request in self._requests.values():
+                if request.slot < 0:
+                    request.slot = self._free_slots.pop()
+                    self._guide.start(request.slot, request.params)
+            rows = sorted(self._requests)
+            self._rows = np.array(rows, dtype=np.int64)
+            self._slots = np.array([self._requests[row].slot for row in rows], dtype=np.int64)
+        engine = self._guide.engine
+        if engine.launches_ahead and self._requests:
+            lengths, last = self._prefixes()
+            known = np.flatnonzero(last >= 0)  # with asynchronous scheduling they are not yet
+            if known.size:
+                tokens = self._to_device(last[known])
+                engine.launch_ahead(self._slots[known], lengths[known], tokens)
 
     def _new_request(
         self, sampling_params: SamplingParams, prompt: list[int] | None, output: list[int]
@@ -230,29 +250,51 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         assert prompt is not None  # prompt embeddings are refused at start-up
         return _Request(params, prompt, output)
 
+    def _prefixes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Length and last token of every guided row's prefix, in the order of `_rows`."""
+        requests = [self._requests[row] for row in self._rows.tolist()]
+        lengths = [len(r.prompt) + len(r.output) for r in requests]
+        last = [r.output[-1] if r.output else r.prompt[-1] for r in requests]
+        return np.array(lengths, dtype=np.int64), np.array(last, dtype=np.int64)
+
     def _apply_v1(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._requests:
             return logits
-        requests = [self._requests[row] for row in self._rows.tolist()]
-        by_slot = {request.slot: request for request in requests}
+        by_slot = {request.slot: request for request in self._requests.values()}
         # Read here and not in update_state: with asynchronous scheduling the newest token of a
         # list is only filled in between the two.
-        lengths = np.array([len(r.prompt) + len(r.output) for r in requests], dtype=np.int64)
-        last = torch.tensor([r.output[-1] if r.output else r.prompt[-1] for r in requests])
+        lengths, last = self._prefixes()
         return self._guide.apply(
             logits,
             self._rows,
             self._slots,
             lengths,
-            last.to(logits.device, non_blocking=True),
+            self._to_device(last),
             lambda slot, start, stop: by_slot[slot].tokens(start, stop),
         )
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        device = self._guide.engine.device
+        return pinned(torch.from_numpy(array), device).to(device, non_blocking=True)
 
     # Model runner V2: rows are reordered every step, token ids are on the device.
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Begin a request in slot `req_idx`; returns whether it is guided."""
         return self._guide.start(req_idx, self._serving.params(sampling_params))
+
+    def apply_staged_writes(self) -> None:
+        """Launch what can be launched ahead of the base model's forward pass.
+
+        Which requests the step has is not known yet: it is taken to be those of the last one.
+        """
+        engine = self._guide.engine
+        slots, positions = self._last[:, self._last[1] < engine.max_length]
+        if not engine.launches_ahead or not slots.size:
+            return
+        assert self._v2 is not None
+        newest = self._v2.all_token_ids.gpu[self._to_device(slots), self._to_device(positions)]
+        engine.launch_ahead(slots, positions + 1, newest)
 
     def _apply_v2(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         assert self._v2 is not None
@@ -262,11 +304,14 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         every = len(rows) == len(logits)
         tokens = ctx.input_ids if every else ctx.input_ids[torch.from_numpy(rows).to(logits.device)]
         stored = self._v2.all_token_ids.gpu
+        slots = ctx.idx_mapping_np[rows].astype(np.int64)
+        lengths = ctx.seq_lens_upper_bound_np[rows].astype(np.int64)  # exact without speculation
+        self._last = np.stack((slots, lengths))
         return self._guide.apply(
             logits,
             rows,
-            ctx.idx_mapping_np[rows].astype(np.int64),
-            ctx.seq_lens_upper_bound_np[rows].astype(np.int64),  # exact without speculation
+            slots,
+            lengths,
             tokens,
             # Waits for the device, but is only asked for prefixes that are not stored yet.
             lambda slot, start, stop: stored[slot, start:stop].long().cpu(),

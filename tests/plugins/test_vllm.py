@@ -42,12 +42,14 @@ def adapter(tmp_path_factory, base_model):
     return folder, merged
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["async", "sync"])
+@pytest.fixture(scope="module", params=[True, False], ids=["async", "sync, launching ahead"])
 def llm(request, base_model, value_model):
     from vllm import LLM
 
     with pytest.MonkeyPatch.context() as env:
         env.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        if not request.param:  # as on a GPU
+            env.setattr("trimtab.plugins.engine.AHEAD_DEVICES", ("cpu",))
         llm = LLM(
             str(base_model),
             logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
@@ -311,6 +313,45 @@ def test_unguided_rows_are_bit_identical(base_model, value_model):
     processor.update_state(update)
     out = processor.apply(logits.clone())
     assert out[[0, 2]].equal(logits[[0, 2]]) and not out[1].equal(logits[1])
+
+
+@pytest.mark.parametrize("placeholder", [False, True])
+def test_what_update_state_launches_ahead_changes_nothing(
+    base_model, value_model, monkeypatch, placeholder
+):
+    """Even where the newest token is not known yet, as with asynchronous scheduling."""
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+    from trimtab.plugins.engine import ValueEngine
+
+    used = []
+    at_prefix = ValueEngine._at_prefix
+
+    def noting(engine, slots, lengths, last_tokens, ahead):
+        used.append(int((ahead >= 0).sum()))
+        return at_prefix(engine, slots, lengths, last_tokens, ahead)
+
+    monkeypatch.setattr(ValueEngine, "_at_prefix", noting)
+    torch.manual_seed(0)
+    logits = torch.randn(4, 2, VOCAB_SIZE)
+    outcomes = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr("trimtab.plugins.engine.AHEAD_DEVICES", devices)
+        processor = v1_processor(base_model, {"value_models": [str(value_model)]})
+        outputs: list[list[int]] = [[], []]
+        added = [(i, sampling((1.0, 0.0)), [5, 6 + i], outputs[i]) for i in range(2)]
+        used.clear()
+        for step in range(4):
+            if step:
+                for output in outputs:
+                    output.append(-1 if placeholder else 7 + step)
+            processor.update_state(None if step else BatchUpdate(2, [], added, []))
+            for output in outputs:
+                output[-1:] = [7 + step] if step else []
+            outcomes.append(processor.apply(logits[step].clone()))
+    assert used == [0, 2, 2, 2] if not placeholder else used == [0, 0, 0, 0]
+    for plain, ahead in zip(outcomes[:4], outcomes[4:]):
+        torch.testing.assert_close(ahead, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rows_logits_do_not_depend_on_its_neighbours(base_model, value_model):

@@ -32,8 +32,21 @@ class Driver:
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from trimtab.plugins import engine
 
-base, value, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+base, value = sys.argv[1:3]
+jobs, ahead = map(json.loads, sys.argv[3:])
+if ahead:
+    engine.AHEAD_DEVICES = ("cpu",)
+used = 0
+at_prefix = engine.ValueEngine._at_prefix
+
+def counting(self, slots, lengths, last_tokens, rows):
+    global used
+    used += int((rows >= 0).sum())
+    return at_prefix(self, slots, lengths, last_tokens, rows)
+
+engine.ValueEngine._at_prefix = counting
 llm = LLM(
     base,
     logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
@@ -54,11 +67,12 @@ try:
     llm.generate([{"prompt_token_ids": [5]}], SamplingParams(extra_args={"mavis_beta": -1}))
 except VLLMValidationError as error:
     refusal = str(error)
-print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs], refusal]))
+print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs], refusal, used]))
 """
 
 
-def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, value_model):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, value_model, ahead):
     """More requests than slots (slots are used again), chunked prefill, guided and unguided."""
     jobs = [
         ([5, 6, 7], [1.0, 0.0], 6),
@@ -78,7 +92,7 @@ def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, val
         "VLLM_LOGGING_LEVEL": "INFO",  # importing TRL leaves another in the environment
     }
     run = subprocess.run(
-        [sys.executable, script, str(base_model), str(value_model), json.dumps(jobs)],
+        [sys.executable, script, base_model, value_model, json.dumps(jobs), json.dumps(ahead)],
         env=env,
         capture_output=True,
         text=True,
@@ -88,8 +102,10 @@ def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, val
     assert run.returncode == 0, log[-4000:]
     assert "Using V2 Model Runner" in log
     result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))
-    tokens, refusal = json.loads(result.removeprefix("RESULT "))
+    tokens, refusal, used = json.loads(result.removeprefix("RESULT "))
     assert refusal.startswith("mavis_beta must not be negative")
+    # Each token but the first of every guided request follows a step of the same request.
+    assert used == (sum(len(got) - 1 for got, (_, w, _) in zip(tokens, jobs) if any(w)) * ahead)
     reference = Reference(base_model, [value_model])
     for (prompt, weights, length), got in zip(jobs, tokens):
         top_k = 8 if any(weights) else 1
