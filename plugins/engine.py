@@ -26,7 +26,6 @@ from .graphs import Indices, PassGraphs, pinned
 from .value_model import MAVISValueModel
 
 GIB = 1 << 30
-AHEAD_DEVICES = ("cuda",)  # where what `launch_ahead` launches runs beside what the caller does
 
 # history(slot, start, stop): the token ids at those positions of the slot's prefix.
 History = Callable[[int, int, int], "Sequence[int] | torch.Tensor"]
@@ -152,7 +151,8 @@ class ValueEngine:
         self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
         self._clock = 0
 
-        self.launches_ahead = self.device.type in AHEAD_DEVICES
+        # Whether to call `launch_ahead`: elsewhere it would not run beside what the caller does.
+        self.launches_ahead = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._ahead = np.full(num_slots, -1)  # a slot's row of what was launched ahead
         self._ahead_hidden: dict[int, torch.Tensor] = {}  # of each model

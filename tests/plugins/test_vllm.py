@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -42,17 +43,42 @@ def adapter(tmp_path_factory, base_model):
     return folder, merged
 
 
+def launching_ahead(processor_class):
+    """A processor that launches ahead as it does on a GPU, and counts the rows that this spares."""
+
+    class Launching(processor_class):
+        used = 0
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            engine = self._guide.engine
+            engine.launches_ahead = True
+            at_prefix = engine._at_prefix
+
+            def counting(slots, lengths, last_tokens, ahead):
+                Launching.used += int((ahead >= 0).sum())
+                return at_prefix(slots, lengths, last_tokens, ahead)
+
+            engine._at_prefix = counting
+
+    return Launching
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["async", "sync, launching ahead"])
 def llm(request, base_model, value_model):
     from vllm import LLM
 
+    from trimtab.plugins.vllm import MAVISLogitsProcessor
+
     with pytest.MonkeyPatch.context() as env:
         env.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        if not request.param:  # as on a GPU
-            env.setattr("trimtab.plugins.engine.AHEAD_DEVICES", ("cpu",))
+        processor: Any = "trimtab.plugins.vllm:MAVISLogitsProcessor"
+        if not request.param:
+            env.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            processor = launching_ahead(MAVISLogitsProcessor)
         llm = LLM(
             str(base_model),
-            logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
+            logits_processors=[processor],
             additional_config={
                 "mavis": {
                     "value_models": [str(value_model)],
@@ -74,10 +100,12 @@ def llm(request, base_model, value_model):
             enable_lora=True,
             max_lora_rank=8,
             disable_log_stats=False,
+            distributed_executor_backend=None if request.param else "uni",
             seed=0,
         )
     yield llm
     llm.llm_engine.engine_core.shutdown()
+    assert request.param or processor.used > 100
 
 
 def sampling(weights, max_tokens=20, temperature=0.0, **options):
@@ -275,7 +303,7 @@ def test_a_bad_request_is_refused_and_the_engine_lives_on(llm, extra_args, messa
     assert generate(llm, [[5, 6]], sampling((1.0, 0.0), 2))
 
 
-def v1_processor(base_model, mavis, **model_config):
+def v1_processor(base_model, mavis, kind=None, **model_config):
     """The processor as the V1 runner makes it, without an engine around it."""
     from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
     from vllm.platforms import current_platform  # noqa: F401  (must be resolved before the config)
@@ -289,7 +317,7 @@ def v1_processor(base_model, mavis, **model_config):
         scheduler_config=SchedulerConfig.default_factory(max_num_seqs=4, max_model_len=64),
         additional_config={"mavis": mavis},
     )
-    return MAVISLogitsProcessor(config, torch.device("cpu"), False)
+    return (kind or MAVISLogitsProcessor)(config, torch.device("cpu"), False)
 
 
 def test_unguided_rows_are_bit_identical(base_model, value_model):
@@ -316,40 +344,28 @@ def test_unguided_rows_are_bit_identical(base_model, value_model):
 
 
 @pytest.mark.parametrize("placeholder", [False, True])
-def test_what_update_state_launches_ahead_changes_nothing(
-    base_model, value_model, monkeypatch, placeholder
-):
+def test_what_update_state_launches_ahead_changes_nothing(base_model, value_model, placeholder):
     """Even where the newest token is not known yet, as with asynchronous scheduling."""
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from trimtab.plugins.engine import ValueEngine
+    from trimtab.plugins.vllm import MAVISLogitsProcessor
 
-    used = []
-    at_prefix = ValueEngine._at_prefix
-
-    def noting(engine, slots, lengths, last_tokens, ahead):
-        used.append(int((ahead >= 0).sum()))
-        return at_prefix(engine, slots, lengths, last_tokens, ahead)
-
-    monkeypatch.setattr(ValueEngine, "_at_prefix", noting)
     torch.manual_seed(0)
     logits = torch.randn(4, 2, VOCAB_SIZE)
+    launching = launching_ahead(MAVISLogitsProcessor)
     outcomes = []
-    for devices in ((), ("cpu",)):
-        monkeypatch.setattr("trimtab.plugins.engine.AHEAD_DEVICES", devices)
-        processor = v1_processor(base_model, {"value_models": [str(value_model)]})
+    for kind in (MAVISLogitsProcessor, launching):
+        processor = v1_processor(base_model, {"value_models": [str(value_model)]}, kind)
         outputs: list[list[int]] = [[], []]
         added = [(i, sampling((1.0, 0.0)), [5, 6 + i], outputs[i]) for i in range(2)]
-        used.clear()
         for step in range(4):
-            if step:
-                for output in outputs:
-                    output.append(-1 if placeholder else 7 + step)
+            for output in outputs if step else ():
+                output.append(-1 if placeholder else 7 + step)
             processor.update_state(None if step else BatchUpdate(2, [], added, []))
-            for output in outputs:
-                output[-1:] = [7 + step] if step else []
+            for output in outputs if step else ():
+                output[-1] = 7 + step
             outcomes.append(processor.apply(logits[step].clone()))
-    assert used == [0, 2, 2, 2] if not placeholder else used == [0, 0, 0, 0]
+    assert launching.used == (0 if placeholder else 6)
     for plain, ahead in zip(outcomes[:4], outcomes[4:]):
         torch.testing.assert_close(ahead, plain, rtol=1e-5, atol=1e-5)
 

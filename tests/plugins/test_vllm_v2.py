@@ -32,24 +32,15 @@ class Driver:
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=Driver, compiler=None)
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
-from trimtab.plugins import engine
+from tests.plugins.test_vllm import launching_ahead
+from trimtab.plugins.vllm import MAVISLogitsProcessor
 
 base, value = sys.argv[1:3]
 jobs, ahead = map(json.loads, sys.argv[3:])
-if ahead:
-    engine.AHEAD_DEVICES = ("cpu",)
-used = 0
-at_prefix = engine.ValueEngine._at_prefix
-
-def counting(self, slots, lengths, last_tokens, rows):
-    global used
-    used += int((rows >= 0).sum())
-    return at_prefix(self, slots, lengths, last_tokens, rows)
-
-engine.ValueEngine._at_prefix = counting
+processor = launching_ahead(MAVISLogitsProcessor) if ahead else MAVISLogitsProcessor
 llm = LLM(
     base,
-    logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
+    logits_processors=[processor],
     additional_config={"mavis": {"value_models": [value], "beta": 3.0, "top_k": 8}},
     dtype="float32",
     enforce_eager=True,
@@ -67,7 +58,8 @@ try:
     llm.generate([{"prompt_token_ids": [5]}], SamplingParams(extra_args={"mavis_beta": -1}))
 except VLLMValidationError as error:
     refusal = str(error)
-print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs], refusal, used]))
+print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs], refusal,
+    getattr(processor, "used", 0)]))
 """
 
 
@@ -89,6 +81,7 @@ def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, val
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": os.getcwd(),
         "VLLM_LOGGING_LEVEL": "INFO",  # importing TRL leaves another in the environment
     }
     run = subprocess.run(
