@@ -288,21 +288,32 @@ def test_half_precision_stays_near_float32(dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_agrees_with_cpu():
-    model = make_model()
-    reference = plain(model)
-    engine = ValueEngine([model], num_slots=1, max_length=MAX_LENGTH, device="cuda")
-    sequences = {0: list(range(30))}
-    candidates = torch.arange(K)[None]
-    values = engine.values(
-        np.array([0]),
-        np.array([30]),
-        torch.tensor([29], device="cuda"),
-        candidates.cuda(),
-        lambda slot, start, stop: sequences[slot][start:stop],
-    )
-    expected = full_forward([reference], sequences[0], candidates[0].tolist())
-    torch.testing.assert_close(values[0].cpu(), expected, rtol=0, atol=1e-3)
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("recorded", [False, True], ids=["eager", "CUDA graphs"])
+def test_cuda_agrees_with_a_full_forward(recorded, ahead):
+    models = [make_model(), make_model("qwen3", ("c",), head_type="action", action_rank=6)]
+    references = list(map(plain, models))
+    engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH, device="cuda")
+    assert not recorded or engine.record_graphs(K)
+    rng = np.random.default_rng(0)
+    sequences = {s: rng.integers(0, VOCAB, 20 + 20 * s).tolist() for s in range(3)}
+    for slots in ([0, 1, 2], [2, 0], [1, 2, 0], [1]):
+        lengths = np.array([len(sequences[s]) for s in slots])
+        last_tokens = torch.tensor([sequences[s][-1] for s in slots], device="cuda")
+        if ahead:
+            engine.launch_ahead(np.array(slots), lengths, last_tokens)
+        candidates = rng.integers(0, VOCAB, (len(slots), K))
+        values = engine.values(
+            np.array(slots),
+            lengths,
+            last_tokens,
+            torch.from_numpy(candidates).cuda(),
+            lambda slot, start, stop: sequences[slot][start:stop],
+        ).cpu()
+        for i, slot in enumerate(slots):
+            expected = full_forward(references, sequences[slot], candidates[i])
+            torch.testing.assert_close(values[i], expected, rtol=1e-3, atol=1e-3)
+            sequences[slot].append(int(candidates[i, 0]))
 
 
 def test_a_store_too_small_for_one_sequence_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -144,6 +145,35 @@ def test_reranked_candidates_have_the_values_of_their_own_position(logits, reran
         guide.start(slot, one)
     for _ in range(2):  # prefixes that are new, and that are known
         torch.testing.assert_close(policies_of(guide, logits), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    "fields, rerank", [({}, 0), (ACTION, 0), (ACTION, 3)], ids=["state", "action", "reranked"]
+)
+def test_a_step_never_waits_for_the_device(fields, rerank, ahead, monkeypatch):
+    """A meta device holds no data, so that reading any of it back is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # it has none
+    models = [make_model("llama", ("a", "b"), **fields), make_model("gemma2 softcap", ("c",))]
+    engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH)
+    meta = engine.device = torch.device("meta")
+    for model in models:
+        model.to(meta)
+        model.backbone.to(meta)
+    engine._stores = [[layer.to(meta) for layer in store] for store in engine._stores]
+    engine._action_tables = [t if t is None else t.to(meta) for t in engine._action_tables]
+    guide = Guide(engine, 3, rerank=rerank)
+    for slot in range(3):
+        guide.start(slot, GuidanceParams((1, 0.5, 1), top_k=7 + slot, kl_budget=0.1 * (1 + slot)))
+    rows, lengths = np.array([0, 2]), np.array([5, 40])
+    for _ in range(3):  # the first one stores the prefixes
+        tokens = torch.empty(2, dtype=torch.int32, device=meta)
+        if ahead:
+            engine.launch_ahead(rows, lengths, tokens)
+        logits = torch.empty(3, VOCAB, device=meta)
+        history = lambda slot, start, stop: [1] * (stop - start)  # noqa: E731
+        assert guide.apply(logits, rows, rows, lengths, tokens, history).device == meta
+        lengths = lengths + 1
 
 
 def test_reranking_where_there_is_nothing_to_rerank_is_refused():
