@@ -18,7 +18,7 @@ MAX_ROWS = 64  # query rows of a program
 
 
 @triton.jit
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]
     q,  # [batch * queries, heads, DIM], strides of a token and a head
     q_token,
     q_head,

@@ -559,13 +559,13 @@ class ValueEngine:
         new = np.maximum(positions[:, :written], 0)
         write = table[np.arange(len(slots))[:, None], new // BLOCK_SIZE] * BLOCK_SIZE
         write = np.where(positions[:, :written] < 0, 0, write + new % BLOCK_SIZE)
-        return Indices(write.reshape(-1), table, np.maximum(positions, 0), lengths)
+        return Indices(write, table, np.maximum(positions, 0), lengths)
 
     def _step(self, indices: Indices, written: int) -> Step:
         longest = -(-int(indices.lengths.max(initial=1)) // BLOCK_SIZE)
         return Step(
             written=written,
-            write=self._to_device(indices.write),
+            write=self._to_device(indices.write.reshape(-1)),
             read=self._to_device(indices.read[:, :longest]),
             positions=self._to_device(indices.positions),
             lengths=self._to_device(indices.lengths),

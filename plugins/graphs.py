@@ -7,15 +7,18 @@ kernels one by one.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from .attention import Step
 
-MAX_TOKENS = 2048  # of a pass: with more the device takes longer than the host
+# Sequences of a pass, and most tokens: with more the device takes longer than the host.
+BATCHES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+MAX_TOKENS = 2048
 
 # run(tokens, step): last hidden states `[total, hidden]` of each model of a pass.
 Run = Callable[[torch.Tensor, Step], list[torch.Tensor]]
@@ -25,7 +28,7 @@ Run = Callable[[torch.Tensor, Step], list[torch.Tensor]]
 class Indices:
     """A `Step` on the host, of int64 arrays, its table of blocks at full width."""
 
-    write: np.ndarray  # [batch * written]
+    write: np.ndarray  # [batch, written]
     read: np.ndarray  # [batch, blocks]
     positions: np.ndarray  # [batch, queries]
     lengths: np.ndarray  # [batch]
@@ -52,25 +55,25 @@ class PassGraphs:
         num_slots: int,
         device: torch.device,
     ) -> None:
-        self._written, self._queries, self._device = written, queries, device
+        self._queries, self._device = queries, device
         largest = min(num_slots, MAX_TOKENS // queries)
-        sizes = {1, 2, 4, *range(8, largest + 1, 8), largest}
-        self.batches = sorted(size for size in sizes if 0 < size <= largest)
+        self.batches = [size for size in BATCHES if size < largest]
+        if 0 < largest <= BATCHES[-1]:
+            self.batches.append(largest)
         self._recorded: dict[int, tuple] = {}
         pool = None
         for batch in reversed(self.batches):  # the smaller ones use the largest one's memory
-            shapes = ((batch * written,), (batch, blocks), (batch, queries), (batch,))
-            sizes_of = [int(np.prod(shape)) for shape in shapes]
-            inputs = torch.zeros(sum(sizes_of), dtype=torch.long, device=device)
+            shapes = ((batch, written), (batch, blocks), (batch, queries), (batch,))
+            sizes = [int(np.prod(shape)) for shape in shapes]
+            inputs = torch.zeros(sum(sizes), dtype=torch.long, device=device)
             inputs[-batch:] = 1  # a length of 0 would be no prefix
-            parts = [x.view(shape) for x, shape in zip(inputs.split(sizes_of), shapes)]
+            write, read, positions, lengths = inputs.split(sizes)
             tokens = torch.zeros(batch * queries, dtype=torch.long, device=device)
-
-            def once(tokens=tokens, parts=parts) -> list[torch.Tensor]:
-                write, read, positions, lengths = parts
-                return run(tokens, Step(written, write, read, positions, lengths))
-
-            replay, outputs, pool = record(once, pool)
+            # A new one for each run: it keeps what layers share.
+            step = partial(
+                Step, written, write, read.view(batch, -1), positions.view(batch, -1), lengths
+            )
+            replay, outputs, pool = record(lambda t=tokens, s=step: run(t, s()), pool)  # type: ignore[misc]
             self._recorded[batch] = inputs, tokens, replay, outputs
 
     def __call__(self, tokens: torch.Tensor, indices: Indices) -> list[torch.Tensor] | None:
@@ -84,15 +87,14 @@ class PassGraphs:
             return None
         padding = self.batches[place] - count
         inputs, static_tokens, replay, outputs = self._recorded[self.batches[place]]
-        zeros = np.zeros(padding * (self._written + indices.read.shape[1] + self._queries), int)
-        ends = np.cumsum([padding * self._written, padding * indices.read.shape[1]])
-        of_write, of_read, of_positions = np.split(zeros, ends)
-        flat: Sequence[np.ndarray] = (
-            indices.write, of_write, indices.read.ravel(), of_read,
-            indices.positions.ravel(), of_positions, indices.lengths, np.ones(padding, int),
-        )  # fmt: skip
-        host = torch.from_numpy(np.concatenate(flat))
-        inputs.copy_(pinned(host, self._device), non_blocking=True)
+
+        def flat(array: np.ndarray, padded_with: int = 0) -> np.ndarray:
+            rows = np.full((padding, *array.shape[1:]), padded_with)
+            return np.concatenate((array, rows)).ravel()
+
+        parts = (indices.write, indices.read, indices.positions)
+        host = np.concatenate([*map(flat, parts), flat(indices.lengths, 1)])
+        inputs.copy_(pinned(torch.from_numpy(host), self._device), non_blocking=True)
         static_tokens[: len(tokens)].copy_(tokens)
         replay()
         return [hidden[: count * self._queries] for hidden in outputs]

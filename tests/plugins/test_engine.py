@@ -139,8 +139,8 @@ class Sequences(RuleBasedStateMachine):
             prefill_tokens=prefill,
         )
         self.engine.launches_ahead = True
-        if recorded:
-            with mock.patch.object(graphs, "record", run_again):
+        if recorded:  # passes over candidates for two sequences at most
+            with mock.patch.multiple(graphs, record=run_again, MAX_TOKENS=2 * (K + 1)):
                 assert self.engine.record_graphs(K)
         self.sequences: dict[int, list[int]] = {}
 
