@@ -215,8 +215,8 @@ class ValueEngine:
         kinds = {(tuple(self._action), 1, 1)}
         kinds |= {(tuple(self._state), 1, 1 + top_k)}
         if self.launches_ahead:
-            kinds |= {((*range(len(self._families)),), 1, 1), (tuple(self._state), 1, 1)}
-            kinds |= {(tuple(self._state), 0, top_k)}
+            every = tuple(range(len(self._families)))
+            kinds |= {(every, 1, 1), (tuple(self._state), 0, top_k)}
         if rerank:
             kinds |= {(tuple(self._action), 0, min(rerank, top_k))}
         for families, written, queries in kinds:
