@@ -142,19 +142,9 @@ def attend_last(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """`attention.attend` once the new prefix tokens are stored.
+    """`attention.attend` for a pass that is not packed, once its new prefix tokens are stored.
 
-    Args:
-        q: `[batch * queries, heads, dim]`, of any strides but the last.
-        kv: `[batch * queries, 2 * kv_heads, dim]`, likewise.
-        step: The pass; its tensors are contiguous.
-        store: Of the layer, contiguous.
-        scaling: Factor of the scores.
-        window: Number of positions that a token sees, itself included; None for all.
-        softcap: Bound of the scores, by a hyperbolic tangent.
-
-    Returns:
-        `[batch * queries, heads * dim]`.
+    `q` and `kv` may have any strides but the last; the step's tensors and the store are contiguous.
     """
     batch, queries = step.positions.shape
     heads, dim = q.shape[1:]
