@@ -154,6 +154,7 @@ def test_reranked_candidates_have_the_values_of_their_own_position(logits, reran
 def test_a_step_never_waits_for_the_device(fields, rerank, ahead, monkeypatch):
     """A meta device holds no data, so that reading any of it back is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # it has none
+    monkeypatch.setattr("trimtab.plugins.fusion.vllm_kernels", lambda: None)  # nor has it these
     models = [make_model("llama", ("a", "b"), **fields), make_model("gemma2 softcap", ("c",))]
     engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH)
     meta = engine.device = torch.device("meta")
