@@ -219,16 +219,18 @@ class ValueEngine:
             kinds |= {(every, 1, 1), (tuple(self._state), 0, top_k)}
         if rerank:
             kinds |= {(tuple(self._action), 0, min(rerank, top_k))}
-        for families, written, queries in kinds:
-            if families:
-                self._graphs[families, written, queries] = PassGraphs(
-                    partial(self._run, families),
-                    written,
-                    queries,
-                    self._table.shape[1],
-                    len(self._table),
-                    self.device,
-                )
+        self._graphs = {
+            (families, written, queries): PassGraphs(
+                partial(self._run, families),
+                written,
+                queries,
+                self._table.shape[1],
+                len(self._table),
+                self.device,
+            )
+            for families, written, queries in sorted(kinds)
+            if families
+        }
         return sum(len(graphs.batches) for graphs in self._graphs.values())
 
     @torch.inference_mode()
