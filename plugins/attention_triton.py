@@ -144,7 +144,9 @@ def attend_last(
 ) -> torch.Tensor:
     """`attention.attend` for a pass that is not packed, once its new prefix tokens are stored.
 
-    `q` and `kv` may have any strides but the last; the step's tensors and the store are contiguous.
+    `q` `[batch * queries, heads, dim]` and `kv` `[batch * queries, 2 * kv_heads, dim]` may have any
+    strides but the last; the step's tensors and the store are contiguous. Returns
+    `[batch * queries, heads * dim]`.
     """
     batch, queries = step.positions.shape
     heads, dim = q.shape[1:]

@@ -323,10 +323,9 @@ class ValueEngine:
             for i, hidden in at_prefix.items()
         }
         if self._state:
-            stored = bool((ahead >= 0).any())  # then `_at_prefix` has seen to the others too
-            values |= self._at_candidates(
-                slots, lengths, last_tokens, candidates, counts, int(not stored)
-            )
+            # If some ran ahead, `_at_prefix` has stored the others' last tokens.
+            written = int((ahead < 0).all())
+            values |= self._at_candidates(slots, lengths, last_tokens, candidates, counts, written)
         if rerank is not None and self._action:
             self._rerank(slots, lengths, candidates, values, rerank)
         self._ahead[:] = -1  # the next pass may overwrite what was launched ahead

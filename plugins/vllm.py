@@ -174,6 +174,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             dtype=dtype,
             kv_cache_memory=int(config.kv_cache_memory_gib * GIB),
         )
+        self._guide = self.guide_class(engine, num_slots, config.prune_eps, config.rerank)
         graphs = 0
         if device.type == "cuda" and not model_config.enforce_eager:
             try:
@@ -184,7 +185,6 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                     "kernels are launched one by one; --enforce-eager does not try: %s",
                     error,
                 )
-        self._guide = self.guide_class(engine, num_slots, config.prune_eps, config.rerank)
         self._v2: LogitsProcRequestState | None = None if is_pin_memory is not None else state  # type: ignore
         self._requests: dict[int, _Request] = {}  # V1: guided requests by row
         self._rows = self._slots = np.zeros(0, dtype=np.int64)

@@ -37,7 +37,9 @@ from trimtab.plugins.vllm import MAVISLogitsProcessor
 
 base, value = sys.argv[1:3]
 jobs, ahead = map(json.loads, sys.argv[3:])
-processor = launching_ahead(MAVISLogitsProcessor) if ahead else MAVISLogitsProcessor
+processor = "trimtab.plugins.vllm:MAVISLogitsProcessor"
+if ahead:
+    processor = launching_ahead(MAVISLogitsProcessor)
 llm = LLM(
     base,
     logits_processors=[processor],
