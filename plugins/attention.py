@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -129,11 +128,6 @@ def kv_heads(config: Any) -> int:
 
 
 @lru_cache
-def _uses_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and find_spec("triton") is not None  # it comes with CUDA's PyTorch
-
-
-@lru_cache
 def _rows_of_a_block(blocks: int, heads: int, device: torch.device) -> torch.Tensor:
     """Rows of block 0, `[2, heads]`: of its keys and its values."""
     heads_of_parts = torch.arange(2 * heads, device=device).view(2, heads)
@@ -176,11 +170,6 @@ def attend(
     write(kv, step, store)
     heads, dim = q.shape[1:]
     kv_heads = store.shape[2]
-    if step.written <= 1 and _uses_triton(q.device):
-        from .attention_triton import attend_last
-
-        out = attend_last(q, kv, step, store, scaling, window, softcap)
-        return out if step.packing is None else out.index_select(0, step.packing[0])
     q = q.view(batch, queries, heads, dim)
     kv = kv.view(batch, queries, 2 * kv_heads, dim)
     if step.written > 1 and softcap is None:

@@ -10,8 +10,7 @@ nothing of requests, weights or host engines.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 
 from .attention import ATTENTION, BLOCK_SIZE, Step, Store, head_dim, kv_heads
 from .fusion import PackedLinear, fuse, pack
-from .graphs import Indices, PassGraphs, pinned
+from .probe import Probe
 from .value_model import MAVISValueModel
 
 GIB = 1 << 30
@@ -38,7 +37,8 @@ class ValueEngine:
     """Values `[batch, k, objectives]` of candidates, with a bounded cache of the prefixes.
 
     A sequence lives in a *slot*, an index that the caller chooses. The caller says what the prefix
-    is at every call; `truncate` or `release` a slot when its earlier tokens change.
+    is at every call; `truncate` or `release` a slot when its earlier tokens change. After a call
+    that was interrupted everything stored is thrown away.
 
     Args:
         models: Value models; their objectives are concatenated. The engine takes them over. Those
@@ -53,8 +53,9 @@ class ValueEngine:
         prefill_tokens: Upper bound of the tokens in one pass over new prefixes.
 
     Raises:
-        ValueError: A backbone cannot be cached, is too short for `max_length`, or the store cannot
-            hold one sequence of `max_length`.
+        ValueError: A backbone cannot be cached, does not compute here what it computes in
+            transformers, or is too short for `max_length`; or the store cannot hold one sequence of
+            `max_length`.
     """
 
     def __init__(
@@ -92,10 +93,15 @@ class ValueEngine:
                 parameter.data = parameter.data.to(kept)
             bytes_per_token += config.num_hidden_layers * 2 * _kv_width(config) * dtype.itemsize
 
+        probes = [
+            Probe(self.models[family[0]].backbone, len(family), max_length)
+            for family in self._families
+        ]
+        self.kernels = 0  # tells what the backbones run by, a digit of base 3 each; see `fuse`
         for family in self._families:
             backbone = self.models[family[0]].backbone
             backbone.set_attn_implementation(ATTENTION)
-            fuse(backbone, max_length + 1, adapters=len(family))
+            self.kernels = 3 * self.kernels + fuse(backbone, max_length + 1, adapters=len(family))
             if self.device.type == "cpu":
                 pack(backbone)
 
@@ -135,28 +141,48 @@ class ValueEngine:
             ]
         self.weight_bytes += sum(t.nbytes for t in self._action_tables if t is not None)
 
+        self._num_blocks = num_blocks
+        self._table = np.zeros((num_slots, blocks_each), dtype=np.int64)  # a slot's blocks, in order
+        self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
+        self._clock = 0
+        self._forget()
+        for family, probe in enumerate(probes):
+            self._check(family, probe)
+
+    @torch.inference_mode()
+    def _check(self, family: int, probe: Probe) -> None:
+        """Refuse a backbone that runs otherwise here than in transformers."""
+        if probe.expected is None:
+            return
+        slots, lengths = np.zeros(1, dtype=np.int64), np.array([len(probe.prefix)])
+        positions = np.array([[lengths[0] - 1, *[lengths[0]] * len(probe.candidates)]])
+        tokens = torch.tensor([probe.prefix[-1], *probe.candidates], device=self.device)
+
+        def run() -> torch.Tensor:
+            history = lambda slot, start, stop: probe.prefix[start:stop]  # noqa: E731
+            self._store_prefixes(slots, lengths - 1, history)
+            hidden = self._pass([family], slots, lengths, positions, 1, tokens)
+            return torch.stack([hidden[i] for i in self._families[family]])
+
+        try:
+            probe.compare(run)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Empty the store and everything that is known of it."""
+        num_slots = len(self._table)
         # A block's users, and which prefix it holds if that may be shared: the prefix of its
         # parent, by number, and its own tokens. A free block keeps its content until it is taken.
-        self._num_blocks = num_blocks
-        self._users = np.zeros(num_blocks + 1, dtype=np.int64)
-        self._free = OrderedDict.fromkeys(range(1, num_blocks + 1))  # least recently used first
+        self._users = np.zeros(self._num_blocks + 1, dtype=np.int64)
+        self._free = OrderedDict.fromkeys(range(1, self._num_blocks + 1))  # least recent first
         self._shared: dict[tuple[int, bytes], tuple[int, int]] = {}  # to block and prefix number
         self._content: dict[int, tuple[int, bytes]] = {}  # of a block: its key in `_shared`
         self._prefixes = 0  # numbers given so far; 0 is the empty prefix
 
-        # A slot's blocks, in order, and the number of them.
-        self._table = np.zeros((num_slots, blocks_each), dtype=np.int64)
-        self._held = np.zeros(num_slots, dtype=np.int64)
+        self._held = np.zeros(num_slots, dtype=np.int64)  # blocks of each slot
         self._cached = np.zeros(num_slots, dtype=np.int64)  # prefix tokens whose keys are stored
-        self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
-        self._clock = 0
-
-        # Whether to call `launch_ahead`: elsewhere it would not run beside what the caller does.
-        self.launches_ahead = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._ahead = np.full(num_slots, -1)  # a slot's row of what was launched ahead
-        self._ahead_hidden: dict[int, torch.Tensor] = {}  # of each model
-        self._graphs: dict[tuple[tuple[int, ...], int, int], PassGraphs] = {}
+        self._changing = False  # whether what is above may be half done
 
     @property
     def candidate_range(self) -> tuple[float, ...] | None:
@@ -186,6 +212,7 @@ class ValueEngine:
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget what is stored of `slot` from position `length` on."""
+        before, self._changing = self._changing, True
         keep = min(-(-length // BLOCK_SIZE), self._held[slot])
         if length % BLOCK_SIZE and keep and int(self._table[slot, keep - 1]) in self._content:
             keep = length // BLOCK_SIZE  # others may read the block, so it is not written again
@@ -195,74 +222,29 @@ class ValueEngine:
                 self._free[block] = None
         self._held[slot] = keep
         self._cached[slot] = min(self._cached[slot], length, keep * BLOCK_SIZE)
+        self._changing = before
 
     def release(self, slot: int) -> None:
         """Forget `slot` and give its memory back."""
         self.truncate(slot, 0)
 
     @torch.inference_mode()
-    def record_graphs(self, top_k: int, rerank: int = 0) -> int:
-        """Record the passes of a decoding step as CUDA graphs.
+    def store(self, slots: np.ndarray, lengths: np.ndarray, history: History) -> None:
+        """Store the first `lengths` tokens of prefixes that are not complete yet.
 
         Args:
-            top_k: Number of candidates whose passes are recorded; others are launched kernel by
-                kernel.
-            rerank: Likewise, of candidates that are read again.
-
-        Returns:
-            The number of graphs.
+            slots: `[batch]` int64, distinct.
+            lengths: `[batch]` int64, at least 1 and below `max_length`.
+            history: Asked for the tokens that are not stored.
         """
-        kinds = {(tuple(self._action), 1, 1)}
-        kinds |= {(tuple(self._state), 1, 1 + top_k)}
-        if self.launches_ahead:
-            every = tuple(range(len(self._families)))
-            kinds |= {(every, 1, 1), (tuple(self._state), 0, top_k)}
-        if rerank:
-            kinds |= {(tuple(self._action), 0, min(rerank, top_k))}
-        self._graphs = {
-            (families, written, queries): PassGraphs(
-                partial(self._run, families),
-                written,
-                queries,
-                self._table.shape[1],
-                len(self._table),
-                self.device,
-            )
-            for families, written, queries in sorted(kinds)
-            if families
-        }
-        return sum(len(graphs.batches) for graphs in self._graphs.values())
-
-    @torch.inference_mode()
-    def launch_ahead(
-        self, slots: np.ndarray, lengths: np.ndarray, last_tokens: torch.Tensor
-    ) -> None:
-        """Launch what the next `values` of these prefixes need whatever the candidates are.
-
-        On a CUDA device it runs on a stream of its own, beside what the caller launches until then.
-        A prefix of which more than the last token is missing is left to `values`, and asking for
-        other prefixes then costs no more than this call.
-
-        Args:
-            slots: As `values` takes them.
-            lengths: Likewise; those out of range are left out.
-            last_tokens: Likewise.
-        """
-        ready = np.flatnonzero((self._cached[slots] == lengths - 1) & (lengths <= self.max_length))
-        slots, lengths = slots[ready], lengths[ready]
-        if not slots.size or (-(-lengths // BLOCK_SIZE)).sum() > self._num_blocks:
-            return
-        self._clock += 1
-        self._used[slots] = self._clock
-        self._allocate(slots, lengths)
-        with self._beside(last_tokens):
-            tokens = last_tokens[self._to_device(ready)].long()
-            families = range(len(self._families))
-            positions = lengths[:, None] - 1
-            self._ahead_hidden = self._pass(families, slots, lengths, positions, 1, tokens)
-        self._cached[slots] = lengths
-        self._ahead[:] = -1
-        self._ahead[slots] = np.arange(len(slots))
+        if self._changing:
+            self._forget()
+        self._changing = True
+        for slot, length in zip(slots, lengths):  # they need not fit together
+            self._clock += 1
+            self._used[slot] = self._clock
+            self._store_prefixes(np.array([slot]), np.array([length]), history)
+        self._changing = False
 
     @torch.inference_mode()
     def values(
@@ -299,66 +281,50 @@ class ValueEngine:
             raise ValueError(
                 f"prefix lengths must be 1 to {self.max_length}, got {lengths.tolist()}"
             )
+        if self._changing:
+            self._forget()
+        self._changing = True
         if counts is None:
             counts = np.full(len(slots), candidates.shape[1])
+        values = self._values(slots, lengths, last_tokens, candidates, history, counts, rerank)
+        self._changing = False
+        return values
+
+    def _values(
+        self,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        last_tokens: torch.Tensor,
+        candidates: torch.Tensor,
+        history: History,
+        counts: np.ndarray,
+        rerank: Rerank | None,
+    ) -> torch.Tensor:
         if (-(-lengths // BLOCK_SIZE)).sum() > self._num_blocks:
             # Prefixes that do not fit together go one half after the other.
             halves = []
             for h in np.array_split(np.arange(len(slots)), 2):
                 part = (slots[h], lengths[h], last_tokens[h], candidates[h], history, counts[h])
                 of_half = rerank and partial(_of_part, rerank, h)
-                halves.append(self.values(*part, of_half))
+                halves.append(self._values(*part, of_half))
             return torch.cat(halves)
         self._clock += 1
         self._used[slots] = self._clock
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        ahead = np.where(self._cached[slots] == lengths, self._ahead[slots], -1)
-        self._store_prefixes(slots, lengths, history)
-        self._cached[slots] = lengths
+        self._store_prefixes(slots, lengths - 1, history)
         last_tokens = last_tokens.to(candidates.dtype)
-        at_prefix = self._at_prefix(slots, lengths, last_tokens, ahead)
-        values = {
-            i: self.models[i].read_action_head(hidden, candidates, self._action_tables[i])
-            for i, hidden in at_prefix.items()
-        }
+        values: dict[int, torch.Tensor] = {}
+        if self._action:
+            positions = lengths[:, None] - 1
+            at_prefix = self._pass(self._action, slots, lengths, positions, 1, last_tokens)
+            for i, hidden in at_prefix.items():
+                table = self._action_tables[i]
+                values[i] = self.models[i].read_action_head(hidden, candidates, table)
         if self._state:
-            # If some ran ahead, `_at_prefix` has stored the others' last tokens.
-            written = int((ahead < 0).all())
-            values |= self._at_candidates(slots, lengths, last_tokens, candidates, counts, written)
+            values |= self._at_candidates(slots, lengths, last_tokens, candidates, counts)
         if rerank is not None and self._action:
             self._rerank(slots, lengths, candidates, values, rerank)
-        self._ahead[:] = -1  # the next pass may overwrite what was launched ahead
+        self._cached[slots] = lengths
         return torch.cat([values[i] for i in range(len(self.models))], dim=-1)
-
-    def _at_prefix(
-        self, slots: np.ndarray, lengths: np.ndarray, last_tokens: torch.Tensor, ahead: np.ndarray
-    ) -> dict[int, torch.Tensor]:
-        """Hidden states at the prefixes' last tokens `[batch, hidden]`, of every action head.
-
-        `ahead` `[batch]` are the rows of what was launched ahead, -1 for a prefix that was not. If
-        some were, the other prefixes' last tokens are stored for the state heads as well.
-        """
-        of_action = [i for f in self._action for i in self._families[f]]
-        rest = np.flatnonzero(ahead < 0)
-        positions = lengths[rest, None] - 1
-        if len(rest) == len(slots):
-            if not self._action:
-                return {}
-            return self._pass(self._action, slots, lengths, positions, 1, last_tokens)
-        if not rest.size:
-            rows = self._to_device(ahead)
-            return {i: self._ahead_hidden[i][rows] for i in of_action}
-        # The pass may overwrite what it returned when it ran ahead.
-        before = {i: hidden.clone() for i, hidden in self._ahead_hidden.items()}
-        hidden = self._pass(
-            range(len(self._families)), slots[rest], lengths[rest], positions, 1,
-            last_tokens[self._to_device(rest)],
-        )  # fmt: skip
-        order = ahead.copy()
-        order[rest] = len(before[0]) + np.arange(len(rest))
-        rows = self._to_device(order)
-        return {i: torch.cat((before[i], hidden[i]))[rows] for i in of_action}
 
     def _at_candidates(
         self,
@@ -367,35 +333,27 @@ class ValueEngine:
         last_tokens: torch.Tensor,
         candidates: torch.Tensor,
         counts: np.ndarray,
-        written: int,
     ) -> dict[int, torch.Tensor]:
-        """Values `[batch, k, objectives]` of every state head.
-
-        `written` is 1 if the prefixes' last tokens are still to be stored, else 0.
-        """
+        """Values `[batch, k, objectives]` of every state head, which stores the last tokens too."""
         width = int(counts.max(initial=0))
-        positions = np.repeat(lengths[:, None], written + width, axis=1)
-        positions[:, :written] -= 1
-        tokens = candidates[:, :width]
-        if written:
-            tokens = torch.cat((last_tokens[:, None], tokens), dim=1)
+        positions = np.repeat(lengths[:, None], 1 + width, axis=1)
+        positions[:, 0] -= 1
+        tokens = torch.cat((last_tokens[:, None], candidates[:, :width]), dim=1)
         packing = None
         if (counts < width).any():
-            real = np.arange(written + width) < written + counts[:, None]
+            real = np.arange(1 + width) <= counts[:, None]
             padded = np.where(real, real.cumsum().reshape(real.shape) - 1, 0)
             packing = (
                 self._to_device(np.flatnonzero(real)),
                 self._to_device(padded.reshape(-1)),
             )
         values = {}
-        hidden = self._pass(
-            self._state, slots, lengths, positions, written, tokens.flatten(), packing
-        )
+        hidden = self._pass(self._state, slots, lengths, positions, 1, tokens.flatten(), packing)
         for i, of_model in hidden.items():
             read = self.models[i].read_head(of_model)
             if packing is not None:
                 read = read.index_select(0, packing[1])
-            read = read.view(len(slots), written + width, -1)[:, written:]
+            read = read.view(len(slots), 1 + width, -1)[:, 1:]
             values[i] = nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width))
         return values
 
@@ -423,16 +381,18 @@ class ValueEngine:
             values[i] = (values[i] + moved).scatter(1, index.expand_as(own), own)
 
     def _store_prefixes(self, slots: np.ndarray, lengths: np.ndarray, history: History) -> None:
-        """Bring the store up to all but the last token of each prefix, with room for that one."""
-        pending = self._cached[slots] < lengths - 1
-        self._allocate(slots[~pending], lengths[~pending])
+        """Bring the store to `lengths` tokens of each prefix, with room for one more."""
+        for i in np.flatnonzero(self._cached[slots] > lengths):
+            self.truncate(int(slots[i]), int(lengths[i]))
+        pending = self._cached[slots] < lengths
+        self._allocate(slots[~pending], lengths[~pending] + 1)
         waiting = [(int(s), int(n)) for s, n in zip(slots[pending], lengths[pending])]
         while waiting:
             # Of prefixes that begin alike one is computed first, so that the others can share it.
             leaders, followers, missing, new = [], [], set(), {}
             for slot, length in waiting:
                 start = int(self._cached[slot])
-                tokens = np.asarray(history(slot, start, length - 1), dtype=np.int64)
+                tokens = np.asarray(history(slot, start, length), dtype=np.int64)
                 key = None
                 if start == 0:
                     key = self._share(slot, tokens)
@@ -444,7 +404,7 @@ class ValueEngine:
                     missing.add(key)
                     leaders.append((slot, length, tokens))
             chosen = np.array([slot for slot, _, _ in leaders])
-            self._allocate(chosen, np.array([length for _, length, _ in leaders]))
+            self._allocate(chosen, np.array([length + 1 for _, length, _ in leaders]))
             self._prefill({slot: tokens for slot, _, tokens in leaders})
             for slot, _, _ in leaders:
                 if slot in new:
@@ -521,7 +481,7 @@ class ValueEngine:
                 tokens[i, : n[i]] = prefixes[row][done[i] : done[i] + n[i]]
             offsets = np.arange(width)
             positions = np.where(offsets < n[:, None], first[:, None] + offsets, -1)
-            step = self._step(self._indices(rows, first + n, positions, width), width)
+            step = self._step(rows, first + n, positions, width)
             step = replace(step, fresh=not first.any(), stores_only=True)
             self._run(range(len(self._families)), self._to_device(tokens.reshape(-1)), step)
             self._cached[rows] = first + n
@@ -539,37 +499,27 @@ class ValueEngine:
         """Last hidden states `[total, hidden]` of each model of some families.
 
         `positions` `[batch, queries]` are those of `tokens` `[batch * queries]`, of which the pass
-        runs over the `total` that `packing` keeps; see `Step`. What a recorded pass returns is
-        overwritten when it is next replayed.
+        runs over the `total` that `packing` keeps; see `Step`.
         """
-        indices = self._indices(slots, lengths, positions, written)
-        graphs = self._graphs.get((tuple(families), written, positions.shape[1]))
-        hidden = None
-        if graphs is not None and packing is None:
-            hidden = graphs(tokens, indices)
-        if hidden is None:
-            step = replace(self._step(indices, written), packing=packing)
-            hidden = self._run(families, tokens if packing is None else tokens[packing[0]], step)
+        step = replace(self._step(slots, lengths, positions, written), packing=packing)
+        hidden = self._run(families, tokens if packing is None else tokens[packing[0]], step)
         return dict(zip((i for f in families for i in self._families[f]), hidden))
 
-    def _indices(
+    def _step(
         self, slots: np.ndarray, lengths: np.ndarray, positions: np.ndarray, written: int
-    ) -> Indices:
+    ) -> Step:
         """A pass over tokens at `positions` `[batch, queries]`, -1 where there is none."""
         table = self._table[slots]
         new = np.maximum(positions[:, :written], 0)
         write = table[np.arange(len(slots))[:, None], new // BLOCK_SIZE] * BLOCK_SIZE
         write = np.where(positions[:, :written] < 0, 0, write + new % BLOCK_SIZE)
-        return Indices(write, table, np.maximum(positions, 0), lengths)
-
-    def _step(self, indices: Indices, written: int) -> Step:
-        longest = -(-int(indices.lengths.max(initial=1)) // BLOCK_SIZE)
+        longest = -(-int(lengths.max(initial=1)) // BLOCK_SIZE)
         return Step(
             written=written,
-            write=self._to_device(indices.write.reshape(-1)),
-            read=self._to_device(indices.read[:, :longest]),
-            positions=self._to_device(indices.positions),
-            lengths=self._to_device(indices.lengths),
+            write=self._to_device(write.reshape(-1)),
+            read=self._to_device(table[:, :longest]),
+            positions=self._to_device(np.maximum(positions, 0)),
+            lengths=self._to_device(lengths),
         )
 
     def _run(self, families: Sequence[int], tokens: torch.Tensor, step: Step) -> list[torch.Tensor]:
@@ -591,21 +541,15 @@ class ValueEngine:
             hidden += output[0][0].chunk(adapters)  # its first entry, the last hidden states
         return hidden
 
-    @contextmanager
-    def _beside(self, *inputs: torch.Tensor) -> Iterator[None]:
-        """Launch on the engine's own stream, after what has been launched so far."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        for tensor in inputs:  # their memory is not to be used again before
-            tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield
-
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        host = pinned(torch.from_numpy(np.ascontiguousarray(array)), self.device)
-        return host.to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(np.ascontiguousarray(array)), self.device)
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for: of pinned memory, where the device is a GPU."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _of_part(

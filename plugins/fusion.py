@@ -235,7 +235,7 @@ def vllm_kernels() -> Any:
     return sys.modules.get("vllm._custom_ops")
 
 
-def fuse(backbone: Any, length: int, adapters: int = 1) -> bool:
+def fuse(backbone: Any, length: int, adapters: int = 1) -> int:
     """Replace a backbone's layers by fused ones, if it is of a plain kind.
 
     That both give the same for a short prefix is tried first: another version of transformers may
@@ -247,18 +247,19 @@ def fuse(backbone: Any, length: int, adapters: int = 1) -> bool:
         adapters: Number of adapters in it, each with an equal share of the rows.
 
     Returns:
-        Whether the layers were replaced.
+        What its layers now run by: 0 for transformers' own, 1 for PyTorch's operators, 2 for
+        vLLM's kernels.
     """
     config = backbone.config
     if config.model_type not in PLAIN:
-        return False
+        return 0
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        return False  # they rotate by the longest sequence of a batch
+        return 0  # they rotate by the longest sequence of a batch
     layers, norm, rotary = backbone.layers, backbone.norm, backbone.rotary_emb
     length, dtype = max(length, TRIED), backbone.embed_tokens.weight.dtype
     if isinstance(layers[0], FusedLayer):  # by an engine before this one
         backbone.rotary_emb = Rotary(rotary.own, length, dtype, rotary.kernels)
-        return True
+        return 1 if rotary.kernels is None else 2
     expected = _try(backbone, adapters)
     tolerance = torch.finfo(dtype).eps ** 0.5 * expected.norm()
     vllm = vllm_kernels()
@@ -269,7 +270,7 @@ def fuse(backbone: Any, length: int, adapters: int = 1) -> bool:
         backbone.forward = partial(run, backbone)
         try:
             if (_try(backbone, adapters) - expected).norm() <= tolerance:
-                return True
+                return 1 if kernels is None else 2
             reason = "the result differs"
         except (AttributeError, RuntimeError, TypeError) as error:
             if kernels is None:
@@ -282,7 +283,7 @@ def fuse(backbone: Any, length: int, adapters: int = 1) -> bool:
         )
     backbone.layers, backbone.norm, backbone.rotary_emb = layers, norm, rotary
     del backbone.forward
-    return False
+    return 0
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .engine import History, ValueEngine
+from .engine import History, ValueEngine, to_device
 from .guidance import count_likely, guide, top_candidates
 from .params import GuidanceParams
 
@@ -97,10 +97,7 @@ class Guide:
         chosen = self._params[slots]
         top_k = chosen[:, -2]
         max_k = int(top_k.max())
-        host = torch.from_numpy(chosen)
-        if logits.device.type == "cuda":
-            host = host.pin_memory()  # so that the copy does not wait for the device
-        params = host.to(logits.device, non_blocking=True)
+        params = to_device(torch.from_numpy(chosen), logits.device)
         weights, (beta, k, budget) = params[:, :-3], params[:, -3:].unbind(1)
         candidates, log_probs = top_candidates(
             logits, max_k, k.long() if (top_k < max_k).any() else None
@@ -116,7 +113,7 @@ class Guide:
         self.candidates += int(top_k.sum() if counts is None else counts.sum())
 
         def likeliest(values: torch.Tensor, of: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = torch.from_numpy(of).to(values.device)
+            rows = to_device(torch.from_numpy(of), values.device)
             reference = log_probs[rows]
             policy = guide(reference, values, weights[rows], beta[rows], None)
             top = policy.topk(min(self.rerank, policy.shape[1])).indices
@@ -149,10 +146,11 @@ class Guide:
         if len(rows) == len(logits):
             guided = logits
         else:
-            index = torch.from_numpy(rows).to(logits.device)
+            index = to_device(torch.from_numpy(rows), logits.device)
             guided = logits[index]
         candidates, log_policy, scale = self.log_probs(guided, slots, lengths, last_tokens, history)
-        guided.fill_(-torch.inf).scatter_(1, candidates, log_policy + scale)
+        policy = log_policy + scale  # whatever may fail comes before the first write
+        guided.fill_(-torch.inf).scatter_(1, candidates, policy)
         if guided is not logits:
             logits[index] = guided
         return logits

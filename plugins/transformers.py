@@ -30,7 +30,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         top_k: Number of candidates at each step; by default the number the models were made for.
         kl_budget: Most nats per step that guidance may move the distribution.
         attention_mask: `[batch, prompt_length]`, the mask given to `generate`. Needed when prompts
-            are padded on the left; may be set between calls.
+            are padded on the left, and then set anew before each call.
         tokenizer: The base model's, to check that the value models were trained with it.
         rerank: Number of candidates that an action head's model reads at their own position, as a
             state head does: the likeliest by the action head. See [`Guide`][trimtab.plugins.guide].
@@ -47,6 +47,9 @@ class MAVISLogitsProcessor(LogitsProcessor):
         processor = MAVISLogitsProcessor(["value_model"], weights={"helpful": 1.0}, beta=2.0)
         model.generate(**inputs, do_sample=True, top_k=0, logits_processor=[processor])
     """
+
+    # Its rows are those of one `generate` call, not of requests that come and go.
+    supports_continuous_batching = False
 
     def __init__(
         self,
@@ -81,12 +84,27 @@ class MAVISLogitsProcessor(LogitsProcessor):
             kl_budget=kl_budget,
         )
         self.attention_mask = attention_mask
+        self._prompts: torch.Tensor | None = None  # that the mask was first seen with
         self._rerank, self._prune_eps = rerank, prune_eps
         self._dtype = dtype
         self._kv_cache_memory = int(kv_cache_memory_gib * GIB)
         self._guide: Guide | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin again: no row's tokens are known."""
         self._tokens = torch.zeros((0, 0), dtype=torch.int64)  # [batch, length] of the last step
         self._padding = np.zeros(0, dtype=np.int64)
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """`[batch, prompt_length]`, of the prompts that `generate` is called with next."""
+        return self._attention_mask
+
+    @attention_mask.setter
+    def attention_mask(self, mask: torch.Tensor | None) -> None:
+        self._attention_mask = mask
+        self._prompts = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the guided policy.
@@ -99,8 +117,8 @@ class MAVISLogitsProcessor(LogitsProcessor):
             `[batch, vocab]` float32, normalised; `-inf` for all but the candidates.
 
         Raises:
-            ValueError: Another vocabulary, a prefix beyond the value models' context, or prompts
-                that look padded without an `attention_mask`.
+            ValueError: Another vocabulary, a prefix beyond the value models' context, prompts that
+                look padded without an `attention_mask`, or an `attention_mask` of other prompts.
         """
         if not self.params.guides:
             return scores
@@ -108,15 +126,16 @@ class MAVISLogitsProcessor(LogitsProcessor):
         guide = self._guide_for(batch, scores)
         tokens = input_ids.cpu()
         padding = self._leading_padding(tokens)
-        if tokens.shape[0] == self._tokens.shape[0]:
+        if len(tokens) == len(self._tokens):
             known = min(length, self._tokens.shape[1])
             same = (tokens[:, :known] == self._tokens[:, :known]).cumprod(1).sum(1).numpy()
             same = np.where(padding == self._padding, np.maximum(same - padding, 0), 0)
         else:
             same = np.zeros(batch, dtype=np.int64)
-        for row in np.flatnonzero(same + padding < self._tokens.shape[1]):
+        # Nothing is known again until this step has succeeded.
+        self._forget()
+        for row in range(batch):
             guide.engine.truncate(row, int(same[row]))
-        self._tokens, self._padding = tokens, padding
         candidates, log_policy, _ = guide.log_probs(
             scores,
             np.arange(batch),
@@ -124,6 +143,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
             input_ids[:, -1],
             lambda slot, start, stop: tokens[slot, padding[slot] + start : padding[slot] + stop],
         )
+        self._tokens, self._padding = tokens, padding
         return torch.full_like(scores, -torch.inf).scatter_(1, candidates, log_policy)
 
     def _guide_for(self, batch: int, scores: torch.Tensor) -> Guide:
@@ -149,7 +169,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         self._guide = Guide(engine, batch, self._prune_eps, self._rerank)
         for slot in range(batch):
             self._guide.start(slot, self.params)
-        self._tokens = torch.zeros((0, 0), dtype=torch.int64)
+        self._forget()
         return self._guide
 
     def _leading_padding(self, tokens: torch.Tensor) -> np.ndarray:
@@ -164,13 +184,29 @@ class MAVISLogitsProcessor(LogitsProcessor):
                 )
             return np.zeros(batch, dtype=np.int64)
         mask = self.attention_mask.cpu()
-        if batch % len(mask) or mask.shape[1] > tokens.shape[1]:
+        width = mask.shape[1]
+        remedy = "set processor.attention_mask to the mask given to generate, before each call"
+        if batch % len(mask) or width > tokens.shape[1]:
             raise ValueError(
                 f"attention_mask of shape {list(mask.shape)} does not belong to input_ids of shape "
-                f"{list(tokens.shape)}: set it to the mask given to generate"
+                f"{list(tokens.shape)}: {remedy}"
             )
+        padding = left_padding(mask)
         # Beam search and num_return_sequences repeat every prompt.
-        return np.repeat(left_padding(mask), batch // len(mask))
+        prompts = tokens[:: batch // len(mask), :width]
+        if self._prompts is None:
+            if tokens.shape[1] != width or len(prompts[mask == 0].unique()) > 1:
+                raise ValueError(
+                    f"attention_mask of shape {list(mask.shape)} hides other tokens than padding, "
+                    f"or not the whole prompt, of input_ids of shape {list(tokens.shape)}: {remedy}"
+                )
+            self._prompts = prompts
+        copies = self._prompts.repeat_interleave(batch // len(mask), 0)
+        if copies.shape != tokens[:, :width].shape or not copies.equal(tokens[:, :width]):
+            raise ValueError(
+                f"attention_mask of shape {list(mask.shape)} was set for other prompts: {remedy}"
+            )
+        return np.repeat(padding, batch // len(mask))
 
 
 def open_value_models(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -33,8 +35,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .adapters import load_value_models
-from .engine import GIB, ValueEngine
-from .graphs import pinned
+from .engine import GIB, History, ValueEngine, to_device
 from .guide import Guide
 from .params import PREFIX, GuidanceConfig, GuidanceParams, request_params
 from .value_model import (
@@ -43,6 +44,8 @@ from .value_model import (
     load_config,
     tokenizer_fingerprint,
 )
+
+from .vllm_internals import ModelRunner, largest_and_smallest, samples
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -137,6 +140,10 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     Raises:
         ValueError: The configuration, a value model or the server's own features do not fit;
             the server does not start.
+
+    Attributes:
+        failures: How often guidance failed within a step, by the kind of error. The step's requests
+            then went on unguided.
     """
 
     guide_class: type[Guide] = Guide
@@ -158,7 +165,21 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             raise ValueError(
                 "value models read token ids, not embeddings: remove --enable-prompt-embeds"
             )
+        if vllm_config.scheduler_config.async_scheduling and not model_config.logits_processors:
+            raise ValueError(
+                "MAVIS was loaded as an entry point under asynchronous scheduling, where vLLM shows "
+                "such processors no generated tokens (vllm-project/vllm 52461): remove the entry "
+                "point and start with --logits-processors "
+                "trimtab.plugins.vllm:MAVISLogitsProcessor, or add --no-async-scheduling"
+            )
         self._serving = serving(vllm_config)
+        self._requests: dict[int, _Request] = {}  # V1: guided requests by row
+        self._rows = self._slots = np.zeros(0, dtype=np.int64)
+        self.failures: Counter[str] = Counter()
+        self._samples = samples()
+        if not self._samples:
+            logger.info("MAVIS: guides on the last pipeline rank, which samples; not on this one")
+            return
         config = self._serving.config
         device = torch.device(state) if is_pin_memory is not None else state.device  # type: ignore
         num_slots = vllm_config.scheduler_config.max_num_seqs
@@ -175,32 +196,25 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             kv_cache_memory=int(config.kv_cache_memory_gib * GIB),
         )
         self._guide = self.guide_class(engine, num_slots, config.prune_eps, config.rerank)
-        graphs = 0
-        if device.type == "cuda" and not model_config.enforce_eager:
-            try:
-                graphs = engine.record_graphs(self._serving.defaults.top_k, config.rerank)
-            except RuntimeError as error:
-                logger.warning(
-                    "MAVIS: CUDA graphs of the value models could not be recorded, so that their "
-                    "kernels are launched one by one; --enforce-eager does not try: %s",
-                    error,
-                )
         self._v2: LogitsProcRequestState | None = None if is_pin_memory is not None else state  # type: ignore
-        self._requests: dict[int, _Request] = {}  # V1: guided requests by row
-        self._rows = self._slots = np.zeros(0, dtype=np.int64)
+        self._runner = ModelRunner()
         self._free_slots = list(range(num_slots))
-        # V2: slots guided in the last step, and the lengths of their prefixes then.
-        self._last = np.zeros((2, 0), dtype=np.int64)
+        self._ranks = vllm_config.parallel_config.tensor_parallel_size
+        if len(set(largest_and_smallest(engine.kernels))) > 1:
+            raise ValueError(
+                "the value models run by other kernels on this tensor-parallel rank than on others, "
+                "so that ranks would round differently and drift apart: see the warnings above, and "
+                "install the same packages for all ranks"
+            )
         logger.info(
             "MAVIS: objectives %s, defaults %s, %s on %s, %.3f GiB weights, %.3f GiB key-value "
-            "store, %d CUDA graphs",
+            "store",
             list(self._serving.objectives),
             self._serving.defaults,
             str(dtype).removeprefix("torch."),
             device,
             engine.weight_bytes / GIB,
             engine.kv_cache_bytes / GIB,
-            graphs,
         )
 
     @classmethod
@@ -220,8 +234,8 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     # Model runner V1: rows are batch positions, token ids are on the host.
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the requests that joined, left and moved; launch what can be launched ahead."""
-        if process_dict_updates(self._requests, batch_update, self._new_request):
+        """Follow the requests that joined, left and moved."""
+        if self._samples and process_dict_updates(self._requests, batch_update, self._new_request):
             slots = {request.slot for request in self._requests.values()}
             for slot in set(self._slots.tolist()) - slots:
                 self._guide.engine.release(slot)
@@ -233,13 +247,6 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             rows = sorted(self._requests)
             self._rows = np.array(rows, dtype=np.int64)
             self._slots = np.array([self._requests[row].slot for row in rows], dtype=np.int64)
-        engine = self._guide.engine
-        if engine.launches_ahead and self._requests:
-            lengths, last = self._prefixes()
-            known = np.flatnonzero(last >= 0)  # with asynchronous scheduling they are not yet
-            if known.size:
-                tokens = self._to_device(last[known])
-                engine.launch_ahead(self._slots[known], lengths[known], tokens)
 
     def _new_request(
         self, sampling_params: SamplingParams, prompt: list[int] | None, output: list[int]
@@ -250,76 +257,108 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         assert prompt is not None  # prompt embeddings are refused at start-up
         return _Request(params, prompt, output)
 
-    def _prefixes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Length and last token of every guided row's prefix, in the order of `_rows`."""
-        requests = [self._requests[row] for row in self._rows.tolist()]
-        lengths = [len(r.prompt) + len(r.output) for r in requests]
-        last = [r.output[-1] if r.output else r.prompt[-1] for r in requests]
-        return np.array(lengths, dtype=np.int64), np.array(last, dtype=np.int64)
-
     def _apply_v1(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._requests:
             return logits
-        by_slot = {request.slot: request for request in self._requests.values()}
+        requests = [self._requests[row] for row in self._rows.tolist()]
+        by_slot = {request.slot: request for request in requests}
         # Read here and not in update_state: with asynchronous scheduling the newest token of a
         # list is only filled in between the two.
-        lengths, last = self._prefixes()
-        return self._guide.apply(
+        lengths = np.array([len(r.prompt) + len(r.output) for r in requests], dtype=np.int64)
+        last = np.array([(r.output or r.prompt)[-1] for r in requests], dtype=np.int64)
+        thrown_away, computed = self._runner.partial(self._rows)
+        return self._guide_rows(
             logits,
             self._rows,
             self._slots,
-            lengths,
-            self._to_device(last),
+            np.where(thrown_away, computed, lengths),
+            thrown_away,
+            lambda rows: to_device(torch.from_numpy(last[rows]), logits.device),
             lambda slot, start, stop: by_slot[slot].tokens(start, stop),
         )
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        device = self._guide.engine.device
-        return pinned(torch.from_numpy(array), device).to(device, non_blocking=True)
+    def _guide_rows(
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        thrown_away: np.ndarray,
+        last_tokens: Callable[[np.ndarray], torch.Tensor],
+        history: History,
+    ) -> torch.Tensor:
+        """Tilt the rows that sample; of prompts that are not complete yet, store what is there.
+
+        Args:
+            logits: `[n, vocab]` float32.
+            rows: `[batch]` int64, the guided rows.
+            slots: `[batch]` int64, of each.
+            lengths: `[batch]` int64, tokens that the base model has computed of each.
+            thrown_away: `[batch]` bool, whether no token is sampled from the row.
+            last_tokens: From indices into `rows` `[m]` to their last tokens `[m]`, on the device.
+            history: See `engine`.
+        """
+        if thrown_away.any():
+            self._guide.engine.store(slots[thrown_away], lengths[thrown_away], history)
+        left = np.flatnonzero(~thrown_away)
+        if not left.size:
+            return logits
+        return self._guide.apply(
+            logits, rows[left], slots[left], lengths[left], last_tokens(left), history
+        )
 
     # Model runner V2: rows are reordered every step, token ids are on the device.
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Begin a request in slot `req_idx`; returns whether it is guided."""
+        if not self._samples:
+            return False
         return self._guide.start(req_idx, self._serving.params(sampling_params))
-
-    def apply_staged_writes(self) -> None:
-        """Launch what can be launched ahead of the base model's forward pass.
-
-        Which requests the step has is not known yet: it is taken to be those of the last one.
-        """
-        engine = self._guide.engine
-        slots, positions = self._last[:, self._last[1] < engine.max_length]
-        if not engine.launches_ahead or not slots.size:
-            return
-        assert self._v2 is not None
-        newest = self._v2.all_token_ids.gpu[self._to_device(slots), self._to_device(positions)]
-        engine.launch_ahead(slots, positions + 1, newest)
 
     def _apply_v2(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         assert self._v2 is not None
         rows = np.flatnonzero(self._guide.guided[ctx.idx_mapping_np])
         if not rows.size:
             return logits
-        every = len(rows) == len(logits)
-        tokens = ctx.input_ids if every else ctx.input_ids[torch.from_numpy(rows).to(logits.device)]
         stored = self._v2.all_token_ids.gpu
         slots = ctx.idx_mapping_np[rows].astype(np.int64)
         lengths = ctx.seq_lens_upper_bound_np[rows].astype(np.int64)  # exact without speculation
-        self._last = np.stack((slots, lengths))
-        return self._guide.apply(
+
+        def last_tokens(of: np.ndarray) -> torch.Tensor:
+            if len(of) == len(logits):
+                return ctx.input_ids
+            return ctx.input_ids[to_device(torch.from_numpy(rows[of]), logits.device)]
+
+        return self._guide_rows(
             logits,
             rows,
             slots,
             lengths,
-            tokens,
+            lengths < self._v2.prefill_len.np[slots],
+            last_tokens,
             # Waits for the device, but is only asked for prefixes that are not stored yet.
             lambda slot, start, stop: stored[slot, start:stop].long().cpu(),
         )
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
-        """Tilt the guided rows of `logits` `[rows, vocab]` float32 in place."""
-        return self._apply_v1(logits) if ctx is None else self._apply_v2(logits, ctx)
+        """Tilt the guided rows of `logits` `[rows, vocab]` float32 in place.
+
+        Where that fails, the step's rows stay as they are: an engine that serves many requests is
+        not stopped for it.
+        """
+        try:
+            return self._apply_v1(logits) if ctx is None else self._apply_v2(logits, ctx)
+        except Exception as error:
+            if self._ranks > 1:
+                raise  # other ranks may have guided, and would go on with other tokens than this one
+            kind = type(error).__name__
+            if not self.failures[kind]:
+                logger.exception(
+                    "MAVIS: guidance failed, and the requests of this step got an unguided token; "
+                    "further errors of this kind are counted, not logged"
+                )
+            self.failures[kind] += 1
+            return logits
 
 
 def _check_base_model(model: MAVISValueModel, path: str, vllm_config: VllmConfig) -> None:

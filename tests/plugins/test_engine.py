@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from trimtab.plugins import MAVISValueConfig, MAVISValueModel, ValueEngine, graphs
+from trimtab.plugins import MAVISValueConfig, MAVISValueModel, ValueEngine
 
 VOCAB, MAX_LENGTH, K = 53, 96, 4
 BACKBONES = {
@@ -95,18 +95,6 @@ def engine_values(engine, sequences, slots, candidates, counts=None):
     )
 
 
-def run_again(once, pool):
-    """`graphs.record` where there are no CUDA graphs: what was recorded is run, into the same
-    tensors."""
-    outputs = once()
-
-    def replay():
-        for static, new in zip(outputs, once()):
-            static.copy_(new)
-
-    return replay, outputs, pool
-
-
 MODELS = [
     make_model("llama", ("a", "b")),
     make_model("mistral sliding", ("c",), seed=1),
@@ -119,17 +107,15 @@ TOKEN_BYTES = 3 * 2 * 2 * 8 * 4 * len(MODELS)
 class Sequences(RuleBasedStateMachine):
     """Sequences that join, grow, are cut, leave and move between slots, in a store too small.
 
-    Many begin alike, and so share blocks. Some passes are launched ahead, for sequences that may
-    change after all, and some engines replay recorded passes.
+    Many begin alike, and so share blocks. Passes are interrupted, and sequences shrink unannounced.
     """
 
     @initialize(
         blocks=st.integers(3, 9),
         prefill=st.sampled_from([7, 64]),
         used=st.lists(st.sampled_from(range(len(MODELS))), min_size=1, unique=True),
-        recorded=st.booleans(),
     )
-    def start(self, blocks, prefill, used, recorded):
+    def start(self, blocks, prefill, used):
         self.reference = [PLAIN[i] for i in used]
         self.engine = ValueEngine(
             copy.deepcopy([MODELS[i] for i in used]),
@@ -138,10 +124,6 @@ class Sequences(RuleBasedStateMachine):
             kv_cache_memory=(blocks + 1) * 32 * TOKEN_BYTES * len(used) // len(MODELS),
             prefill_tokens=prefill,
         )
-        self.engine.launches_ahead = True
-        if recorded:  # passes over candidates for two sequences at most
-            with mock.patch.multiple(graphs, record=run_again, MAX_TOKENS=2 * (K + 1)):
-                assert self.engine.record_graphs(K)
         self.sequences: dict[int, list[int]] = {}
 
     @rule(
@@ -184,43 +166,64 @@ class Sequences(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         seed=st.integers(0, 999),
-        grow=st.sampled_from([1, 1, 1, 0, 2]),
-        ahead=st.booleans(),
+        grow=st.sampled_from([1, 1, 1, 0, 2, -1]),
     )
-    def step(self, data, seed, grow, ahead):
+    def step(self, data, seed, grow):
         slots = data.draw(
             st.lists(st.sampled_from(sorted(self.sequences)), min_size=1, unique=True)
         )
         rng = np.random.default_rng(seed)
         candidates = rng.integers(0, VOCAB, (len(slots), K))
         counts = rng.integers(1, K + 1, len(slots)) if seed % 2 else None
-        if ahead:
-            self.launch_ahead(slots[: 1 + seed % len(slots)])
         values = engine_values(self.engine, self.sequences, slots, candidates, counts)
         for i, slot in enumerate(slots):
             expected = full_forward(self.reference, self.sequences[slot], candidates[i])
             valued = slice(K if counts is None else counts[i])
             torch.testing.assert_close(values[i, valued], expected[valued], rtol=1e-4, atol=1e-4)
             room = MAX_LENGTH - len(self.sequences[slot])
-            self.sequences[slot] += candidates[i, : min(grow, room)].tolist()
+            if grow >= 0:
+                self.sequences[slot] += candidates[i, : min(grow, room)].tolist()
+            elif len(self.sequences[slot]) > 1:
+                self.sequences[slot].pop()
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), passes=st.integers(0, 3), before=st.booleans())
+    def be_interrupted(self, data, passes, before):
+        slots = data.draw(
+            st.lists(st.sampled_from(sorted(self.sequences)), min_size=1, unique=True)
+        )
+        run, left = self.engine._run, [passes]
+
+        def interrupted(*arguments):
+            left[0] -= 1
+            if left[0] < 0 and before:
+                raise KeyboardInterrupt
+            hidden = run(*arguments)
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return hidden
+
+        self.engine._run = interrupted
+        with contextlib.suppress(KeyboardInterrupt):
+            engine_values(self.engine, self.sequences, slots, np.full((len(slots), K), 3))
+        self.engine._run = run
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
-    def launch_in_vain(self, data):
-        slots = st.lists(st.sampled_from(sorted(self.sequences)), min_size=1, unique=True)
-        self.launch_ahead(data.draw(slots))
-
-    def launch_ahead(self, slots):
-        self.engine.launch_ahead(
-            np.array(slots),
-            np.array([len(self.sequences[slot]) for slot in slots]),
-            torch.tensor([self.sequences[slot][-1] for slot in slots]),
-        )
+    def store(self, data):
+        slot = data.draw(st.sampled_from(sorted(self.sequences)))
+        length = data.draw(st.integers(1, len(self.sequences[slot])))
+        if length < MAX_LENGTH:
+            self.engine.store(
+                np.array([slot]),
+                np.array([length]),
+                lambda slot, start, stop: self.sequences[slot][start:stop],
+            )
 
     @invariant()
     def blocks_are_accounted_for(self):
         engine = getattr(self, "engine", None)
-        if engine is None:
+        if engine is None or engine._changing:
             return
         held = [block for slot in range(5) for block in engine._table[slot, : engine._held[slot]]]
         counted = np.bincount(held, minlength=engine._num_blocks + 1)
@@ -288,20 +291,15 @@ def test_half_precision_stays_near_float32(dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("recorded", [False, True], ids=["eager", "CUDA graphs"])
-def test_cuda_agrees_with_a_full_forward(recorded, ahead):
+def test_cuda_agrees_with_a_full_forward():
     models = [make_model(), make_model("qwen3", ("c",), head_type="action", action_rank=6)]
     references = list(map(plain, models))
     engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH, device="cuda")
-    assert not recorded or engine.record_graphs(K)
     rng = np.random.default_rng(0)
     sequences = {s: rng.integers(0, VOCAB, 20 + 20 * s).tolist() for s in range(3)}
     for slots in ([0, 1, 2], [2, 0], [1, 2, 0], [1]):
         lengths = np.array([len(sequences[s]) for s in slots])
         last_tokens = torch.tensor([sequences[s][-1] for s in slots], device="cuda")
-        if ahead:
-            engine.launch_ahead(np.array(slots), lengths, last_tokens)
         candidates = rng.integers(0, VOCAB, (len(slots), K))
         values = engine.values(
             np.array(slots),
@@ -375,67 +373,6 @@ def test_a_prefix_in_common_is_computed_once():
         engine.release(slot)
     assert prefilled_tokens(engine, sequences, [1]) == 81 - 64  # even of finished ones
     assert prefilled_tokens(engine, {4: [9] * 82}, [4]) == 81
-
-
-@pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("heads", [["action"], ["state"], ["state", "action"]])
-def test_what_was_launched_ahead_is_not_computed_again(heads, recorded):
-    models = [make_model("qwen3", (h,), head_type=h, action_rank=6) for h in heads]
-    references = list(map(plain, models))
-    engine = ValueEngine(models, num_slots=5, max_length=MAX_LENGTH)
-    engine.launches_ahead = True
-    if recorded:
-        with mock.patch.object(graphs, "record", run_again):
-            engine.record_graphs(K)
-    computed = []
-    run = engine._run
-    engine._run = lambda families, tokens, step: (
-        computed.append(len(families) * tokens.numel()),
-        run(families, tokens, step),
-    )[1]
-    rng = np.random.default_rng(0)
-    sequences = {s: rng.integers(0, VOCAB, 20 + 20 * s).tolist() for s in range(3)}
-    for ahead in ([0, 1, 2], [2, 0, 1], [2, 0], [1], [], [0, 2], [2, 1, 0]):
-        stored = engine._cached[0] > 0  # nothing is ahead of the first step
-        engine.launch_ahead(
-            np.array(ahead, dtype=np.int64),
-            np.array([len(sequences[s]) for s in ahead], dtype=np.int64),
-            torch.tensor([sequences[s][-1] for s in ahead], dtype=torch.long),
-        )
-        computed.clear()
-        slots = rng.permutation(3).tolist()
-        candidates = rng.integers(0, VOCAB, (3, K))
-        values = engine_values(engine, sequences, slots, candidates)
-        for i, slot in enumerate(slots):
-            expected = full_forward(references, sequences[slot], candidates[i])
-            torch.testing.assert_close(values[i], expected, rtol=1e-4, atol=1e-4)
-            sequences[slot].append(int(candidates[i, 0]))
-        if stored and not recorded:
-            of_prefixes = (3 - len(ahead)) * len(heads)
-            assert sum(computed) == of_prefixes + 3 * K * heads.count("state")
-
-
-@pytest.mark.parametrize("launches, asked", [([[0]], ([2], [1, 0])), ([[0], [1]], ([1, 0], [2]))])
-def test_what_was_launched_ahead_is_forgotten_when_it_is_overwritten(launches, asked):
-    model = make_model(head_type="action", action_rank=6)
-    reference = plain(model)
-    engine = ValueEngine([model], num_slots=3, max_length=MAX_LENGTH)
-    engine.launches_ahead = True
-    with mock.patch.object(graphs, "record", run_again):
-        engine.record_graphs(K)
-    sequences = {slot: [5, 6, slot] for slot in range(3)}
-    candidates = np.array([[1, 2, 3, 4]] * 3)
-    engine_values(engine, sequences, [0, 1, 2], candidates)
-    for sequence in sequences.values():
-        sequence.append(7)
-    for slots in launches:
-        last_tokens = torch.full((len(slots),), 7)
-        engine.launch_ahead(np.array(slots), np.full(len(slots), 4), last_tokens)
-    for slots in asked:
-        values = engine_values(engine, sequences, slots, candidates[: len(slots)])
-        for i, slot in enumerate(slots):
-            expected = full_forward([reference], sequences[slot], candidates[i])
-            torch.testing.assert_close(values[i], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head_type", ["state", "action"])

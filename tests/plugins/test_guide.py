@@ -147,11 +147,10 @@ def test_reranked_candidates_have_the_values_of_their_own_position(logits, reran
         torch.testing.assert_close(policies_of(guide, logits), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
     "fields, rerank", [({}, 0), (ACTION, 0), (ACTION, 3)], ids=["state", "action", "reranked"]
 )
-def test_a_step_never_waits_for_the_device(fields, rerank, ahead, monkeypatch):
+def test_a_step_never_waits_for_the_device(fields, rerank, monkeypatch):
     """A meta device holds no data, so that reading any of it back is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # it has none
     monkeypatch.setattr("trimtab.plugins.fusion.vllm_kernels", lambda: None)  # nor has it these
@@ -169,8 +168,6 @@ def test_a_step_never_waits_for_the_device(fields, rerank, ahead, monkeypatch):
     rows, lengths = np.array([0, 2]), np.array([5, 40])
     for _ in range(3):  # the first one stores the prefixes
         tokens = torch.empty(2, dtype=torch.int32, device=meta)
-        if ahead:
-            engine.launch_ahead(rows, lengths, tokens)
         logits = torch.empty(3, VOCAB, device=meta)
         history = lambda slot, start, stop: [1] * (stop - start)  # noqa: E731
         assert guide.apply(logits, rows, rows, lengths, tokens, history).device == meta

@@ -43,27 +43,6 @@ def adapter(tmp_path_factory, base_model):
     return folder, merged
 
 
-def launching_ahead(processor_class):
-    """A processor that launches ahead as it does on a GPU, and counts the rows that this spares."""
-
-    class Launching(processor_class):
-        used = 0
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            engine = self._guide.engine
-            engine.launches_ahead = True
-            at_prefix = engine._at_prefix
-
-            def counting(slots, lengths, last_tokens, ahead):
-                Launching.used += int((ahead >= 0).sum())
-                return at_prefix(slots, lengths, last_tokens, ahead)
-
-            engine._at_prefix = counting
-
-    return Launching
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["async", "sync, launching ahead"])
 def llm(request, base_model, value_model):
     from vllm import LLM
@@ -341,33 +320,6 @@ def test_unguided_rows_are_bit_identical(base_model, value_model):
     processor.update_state(update)
     out = processor.apply(logits.clone())
     assert out[[0, 2]].equal(logits[[0, 2]]) and not out[1].equal(logits[1])
-
-
-@pytest.mark.parametrize("placeholder", [False, True])
-def test_what_update_state_launches_ahead_changes_nothing(base_model, value_model, placeholder):
-    """Even where the newest token is not known yet, as with asynchronous scheduling."""
-    from vllm.v1.sample.logits_processor import BatchUpdate
-
-    from trimtab.plugins.vllm import MAVISLogitsProcessor
-
-    torch.manual_seed(0)
-    logits = torch.randn(4, 2, VOCAB_SIZE)
-    launching = launching_ahead(MAVISLogitsProcessor)
-    outcomes = []
-    for kind in (MAVISLogitsProcessor, launching):
-        processor = v1_processor(base_model, {"value_models": [str(value_model)]}, kind)
-        outputs: list[list[int]] = [[], []]
-        added = [(i, sampling((1.0, 0.0)), [5, 6 + i], outputs[i]) for i in range(2)]
-        for step in range(4):
-            for output in outputs if step else ():
-                output.append(-1 if placeholder else 7 + step)
-            processor.update_state(None if step else BatchUpdate(2, [], added, []))
-            for output in outputs if step else ():
-                output[-1] = 7 + step
-            outcomes.append(processor.apply(logits[step].clone()))
-    assert launching.used == (0 if placeholder else 6)
-    for plain, ahead in zip(outcomes[:4], outcomes[4:]):
-        torch.testing.assert_close(ahead, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_a_rows_logits_do_not_depend_on_its_neighbours(base_model, value_model):
