@@ -7,8 +7,19 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models are tiny, and threads that wait for each other spin: one each, wherever it is put.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadline: a busy machine is no fault. `--hypothesis-profile=long` looks for longer.
+settings.register_profile(
+    "short", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("long", settings.get_profile("short"), max_examples=2000)
+settings.load_profile("short")
 
 VOCAB_SIZE = 96
 EOS = 2

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import EOS, make_tokenizer, make_value_model
+from tests.plugins.test_engine import VOCAB, full_forward, make_model, plain
 from tests.reference import Reference
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
@@ -124,6 +131,118 @@ def test_several_models_and_a_kl_budget(tmp_path, base, base_model, value_model)
     tilt = torch.tensor([full[c] for c in candidates.tolist()]).log() - log_ref
     ratio = p.log() - log_ref
     assert torch.corrcoef(torch.stack((tilt, ratio)))[0, 1] > 0.9999
+
+
+MODEL = make_model("llama", ("sweet", "sour"))
+PLAIN = plain(MODEL)
+
+
+def policy_of(prefix, scores):
+    """The guided distribution `[vocab]` after one prefix, by a full forward pass."""
+    top, candidates = scores.topk(TOP_K)
+    values = full_forward([PLAIN], prefix, candidates.tolist())
+    policy = (top + BETA * values @ torch.tensor([1.0, -0.5])).softmax(0)
+    return torch.zeros_like(scores).scatter(0, candidates, policy)
+
+
+class Calls(RuleBasedStateMachine):
+    """One processor through batches of all sizes and paddings, going on, cut back, interrupted."""
+
+    @initialize()
+    def start(self):
+        self.processor = MAVISLogitsProcessor([MODEL], weights=WEIGHTS, beta=BETA, top_k=TOP_K)
+        self.rows = None
+
+    @rule(
+        # Short prefixes of one text, so that a batch's rows often resemble the last batch's.
+        lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+        text=st.integers(0, 1),
+        copies=st.sampled_from([1, 1, 2]),
+        extra=st.integers(0, 3),
+    )
+    def begin(self, lengths, text, copies, extra):
+        tokens = np.random.default_rng(text).integers(3, VOCAB, 40).tolist()
+        self.rows = [tokens[:n] for n in lengths for _ in range(copies)]
+        self.width = max(lengths) + extra
+        mask = [[0] * (self.width - n) + [1] * n for n in lengths]
+        self.processor.attention_mask = torch.tensor(mask)
+        self.prompts = list(map(len, self.rows))
+        self.call(0)
+
+    @precondition(lambda self: self.rows)
+    @rule(seed=st.integers(0, 99))
+    def go_on(self, seed):
+        tokens = np.random.default_rng(seed).integers(3, VOCAB, len(self.rows)).tolist()
+        self.rows = [[*row, token] for row, token in zip(self.rows, tokens)]
+        self.call(seed)
+
+    @precondition(lambda self: self.rows)
+    @rule(back=st.integers(1, 3), seed=st.integers(0, 99))
+    def be_cut_back(self, back, seed):  # as in assisted decoding
+        back = min(back, len(self.rows[0]) - self.prompts[0])
+        self.rows = [row[: len(row) - back] for row in self.rows]
+        self.call(seed)
+
+    @precondition(lambda self: self.rows)
+    @rule(passes=st.integers(0, 2))
+    def be_interrupted(self, passes):
+        engine = self.processor._guide.engine
+        run, left = engine._run, [passes]
+
+        def interrupted(*arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return run(*arguments)
+
+        engine._run = interrupted
+        with contextlib.suppress(KeyboardInterrupt):
+            self.rows = [[*row, 3] for row in self.rows]
+            self.processor(self.ids(), torch.randn(len(self.rows), VOCAB))
+        engine._run = run
+
+    def ids(self):
+        return torch.tensor(
+            [
+                [EOS] * (self.width - prompt) + row
+                for row, prompt in zip(self.rows, self.prompts)
+            ]
+        )
+
+    def call(self, seed):
+        scores = torch.randn(
+            len(self.rows), VOCAB, generator=torch.Generator().manual_seed(seed)
+        )
+        out = self.processor(self.ids(), scores.clone()).softmax(-1)
+        for row, one, policy in zip(self.rows, scores, out):
+            torch.testing.assert_close(policy, policy_of(row, one), rtol=1e-3, atol=1e-4)
+
+
+TestAProcessorUsedAgainIsAsAFreshOne = Calls.TestCase
+TestAProcessorUsedAgainIsAsAFreshOne.settings = settings(stateful_step_count=15)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[2, 2, 5], [8, 9, 10]], [[0, 0, 1], [0, 1, 1]], "hides other tokens than padding"),
+        ([[2, 2, 5], [8, 9, 10]], [[0, 1], [1, 1]], "or not the whole prompt"),
+        ([[8, 9, 10]], [[1], [1]], r"of shape \[2, 1\] does not belong to input_ids of shape"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(processor, ids, mask, message):
+    processor.attention_mask = torch.tensor(mask)
+    with pytest.raises(ValueError, match=message):
+        processor(torch.tensor(ids), torch.randn(len(ids), 96))
+
+
+def test_the_mask_of_an_earlier_batch_is_refused(processor):
+    ids, mask = left_padded([[5, 6, 7], [8, 9, 10, 11, 12]])
+    processor.attention_mask = mask
+    processor(ids, torch.randn(2, 96))
+    for later in ([[2, 2, 15, 16, 17], [8, 9, 10, 11, 12]], [[15, 16, 17, 18, 19, 20]] * 2):
+        with pytest.raises(ValueError, match="was set for other prompts: set processor.attention"):
+            processor(torch.tensor(later), torch.randn(2, 96))
 
 
 def test_zero_weights_leave_scores_alone(value_model):

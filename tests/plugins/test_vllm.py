@@ -43,21 +43,31 @@ def adapter(tmp_path_factory, base_model):
     return folder, merged
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["async", "sync, launching ahead"])
+def schedule_asynchronously(patch: pytest.MonkeyPatch) -> None:
+    """Leave asynchronous scheduling on, which vLLM's CPU platform turns off whatever is asked."""
+    from vllm.platforms import current_platform
+
+    update = current_platform.check_and_update_config
+
+    def keeping(config: Any) -> None:
+        update(config)
+        config.scheduler_config.async_scheduling = True
+
+    patch.setattr(type(current_platform), "check_and_update_config", staticmethod(keeping))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["async", "sync"])
 def llm(request, base_model, value_model):
     from vllm import LLM
 
-    from trimtab.plugins.vllm import MAVISLogitsProcessor
-
-    with pytest.MonkeyPatch.context() as env:
-        env.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        processor: Any = "trimtab.plugins.vllm:MAVISLogitsProcessor"
-        if not request.param:
-            env.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-            processor = launching_ahead(MAVISLogitsProcessor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if request.param:
+            schedule_asynchronously(patch)
         llm = LLM(
             str(base_model),
-            logits_processors=[processor],
+            logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
             additional_config={
                 "mavis": {
                     "value_models": [str(value_model)],
@@ -75,16 +85,15 @@ def llm(request, base_model, value_model):
             enable_prefix_caching=True,
             block_size=32,
             num_gpu_blocks_override=14,
-            async_scheduling=request.param,
             enable_lora=True,
             max_lora_rank=8,
             disable_log_stats=False,
-            distributed_executor_backend=None if request.param else "uni",
+            distributed_executor_backend="uni",
             seed=0,
         )
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == request.param
     yield llm
     llm.llm_engine.engine_core.shutdown()
-    assert request.param or processor.used > 100
 
 
 def sampling(weights, max_tokens=20, temperature=0.0, **options):
