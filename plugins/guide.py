@@ -109,6 +109,8 @@ class Guide:
             ranks = torch.arange(log_probs.shape[1], device=log_probs.device)
             log_probs = log_probs.masked_fill(ranks >= likely[:, None], -torch.inf)
             counts = likely.cpu().numpy()
+        elif self.engine.reads_candidates and (top_k < max_k).any():
+            counts = np.minimum(top_k, candidates.shape[1]).astype(np.int64)
         self.rows += len(slots)
         self.candidates += int(top_k.sum() if counts is None else counts.sum())
 

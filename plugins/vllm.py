@@ -44,7 +44,6 @@ from .value_model import (
     load_config,
     tokenizer_fingerprint,
 )
-
 from .vllm_internals import ModelRunner, largest_and_smallest, samples
 
 if TYPE_CHECKING:
@@ -167,9 +166,9 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             )
         if vllm_config.scheduler_config.async_scheduling and not model_config.logits_processors:
             raise ValueError(
-                "MAVIS was loaded as an entry point under asynchronous scheduling, where vLLM shows "
-                "such processors no generated tokens (vllm-project/vllm 52461): remove the entry "
-                "point and start with --logits-processors "
+                "MAVIS was loaded as an entry point under asynchronous scheduling, where vLLM "
+                "shows such processors no generated tokens (vllm-project/vllm 52461): remove the "
+                "entry point and start with --logits-processors "
                 "trimtab.plugins.vllm:MAVISLogitsProcessor, or add --no-async-scheduling"
             )
         self._serving = serving(vllm_config)
@@ -202,9 +201,9 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
         if len(set(largest_and_smallest(engine.kernels))) > 1:
             raise ValueError(
-                "the value models run by other kernels on this tensor-parallel rank than on others, "
-                "so that ranks would round differently and drift apart: see the warnings above, and "
-                "install the same packages for all ranks"
+                "the value models run by other kernels on this tensor-parallel rank than on "
+                "others, so that ranks would round differently and drift apart: see the warnings "
+                "above, and install the same packages for all ranks"
             )
         logger.info(
             "MAVIS: objectives %s, defaults %s, %s on %s, %.3f GiB weights, %.3f GiB key-value "
@@ -350,7 +349,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             return self._apply_v1(logits) if ctx is None else self._apply_v2(logits, ctx)
         except Exception as error:
             if self._ranks > 1:
-                raise  # other ranks may have guided, and would go on with other tokens than this one
+                raise  # other ranks may have guided: they would go on with other tokens
             kind = type(error).__name__
             if not self.failures[kind]:
                 logger.exception(

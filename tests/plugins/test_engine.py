@@ -330,7 +330,9 @@ def test_a_backbone_without_positional_attention_is_refused():
 
 def test_a_slot_that_shrank_gives_its_blocks_to_one_that_grew():
     model = make_model()
-    engine = ValueEngine([model], num_slots=2, max_length=128, kv_cache_memory=5 * 32 * 3 * 2 * 2 * 32)
+    engine = ValueEngine(
+        [model], num_slots=2, max_length=128, kv_cache_memory=5 * 32 * 3 * 2 * 2 * 32
+    )
     assert engine._num_blocks == 4
     reference = plain(make_model())
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 70)).tolist()

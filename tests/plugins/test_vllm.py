@@ -176,7 +176,7 @@ def test_sampled_first_tokens_have_the_guided_distribution(llm, reference, tempe
     from scipy.stats import chisquare
     from vllm import SamplingParams
 
-    prompt, weights, count = random_prompts(11, 1)[0], (0.5, -1.0), 3000
+    prompt, weights, count = random_prompts(11, 1)[0], (0.5, -1.0), 1200
     raw = llm.generate(
         tokens([prompt]), SamplingParams(max_tokens=1, logprobs=TOP_K), use_tqdm=False
     )[0]
@@ -291,21 +291,26 @@ def test_a_bad_request_is_refused_and_the_engine_lives_on(llm, extra_args, messa
     assert generate(llm, [[5, 6]], sampling((1.0, 0.0), 2))
 
 
-def v1_processor(base_model, mavis, kind=None, **model_config):
-    """The processor as the V1 runner makes it, without an engine around it."""
+def vllm_config(base_model, mavis, **model_config):
+    """vLLM's configuration of a small server, without an engine."""
     from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
     from vllm.platforms import current_platform  # noqa: F401  (must be resolved before the config)
 
-    from trimtab.plugins.vllm import MAVISLogitsProcessor
-
-    config = VllmConfig(
+    return VllmConfig(
         model_config=ModelConfig(
             str(base_model), dtype="float32", max_model_len=64, **model_config
         ),
         scheduler_config=SchedulerConfig.default_factory(max_num_seqs=4, max_model_len=64),
         additional_config={"mavis": mavis},
     )
-    return (kind or MAVISLogitsProcessor)(config, torch.device("cpu"), False)
+
+
+def v1_processor(base_model, mavis, **model_config):
+    """The processor as the V1 runner makes it, without an engine around it."""
+    from trimtab.plugins.vllm import MAVISLogitsProcessor
+
+    config = vllm_config(base_model, mavis, **model_config)
+    return MAVISLogitsProcessor(config, torch.device("cpu"), False)
 
 
 def test_unguided_rows_are_bit_identical(base_model, value_model):
