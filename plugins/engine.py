@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 
 from .attention import ATTENTION, BLOCK_SIZE, Step, Store, head_dim, kv_heads
 from .fusion import PackedLinear, fuse, pack
-from .probe import Probe
+from .probe import Probe, refused
 from .value_model import MAVISValueModel
 
 GIB = 1 << 30
@@ -85,13 +84,22 @@ class ValueEngine:
         )
         bytes_per_token = 0
         for model in self.models:
-            config = _cacheable(model, max_length)
+            config = model.config.text_config
+            with refused(config):
+                _check_attention(model)
+                token = config.num_hidden_layers * 2 * kv_heads(config) * head_dim(config)
+            longest = getattr(config, "max_position_embeddings", max_length)
+            if max_length > longest:
+                raise ValueError(
+                    f"the value model for {model.config.objectives} reads at most {longest} "
+                    f"positions, fewer than the {max_length} needed: lower the maximum model length"
+                )
             nn.Module.to(model.eval(), device=self.device)
             # Rotary frequencies, a buffer, stay exact, and heads are read in float32.
             for name, parameter in model.named_parameters():
                 kept = dtype if name.startswith("backbone.") else torch.float32
                 parameter.data = parameter.data.to(kept)
-            bytes_per_token += config.num_hidden_layers * 2 * _kv_width(config) * dtype.itemsize
+            bytes_per_token += token * dtype.itemsize
 
         probes = [
             Probe(self.models[family[0]].backbone, len(family), max_length)
@@ -565,25 +573,13 @@ def _is_action(model: MAVISValueModel) -> bool:
     return model.config.head_type == "action"
 
 
-def _kv_width(config: Any) -> int:
-    return kv_heads(config) * head_dim(config)
-
-
-def _cacheable(model: MAVISValueModel, max_length: int) -> Any:
-    """The backbone's text config, if its attention can be cached by position."""
+def _check_attention(model: MAVISValueModel) -> None:
+    """Raises if the attention of a backbone cannot be cached by position."""
     config = model.config.text_config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
-    pluggable = getattr(model.backbone, "_supports_attention_backend", False)
-    if not kinds <= {"full_attention", "sliding_attention"} or sinks or not pluggable:
-        raise ValueError(
-            f"a backbone of type {config.model_type!r} (layers {sorted(kinds)}) is not supported: "
-            "use a decoder whose layers are full or sliding-window attention without sinks"
-        )
-    if max_length > config.max_position_embeddings:
-        raise ValueError(
-            f"the value model for {model.config.objectives} reads at most "
-            f"{config.max_position_embeddings} positions, fewer than the {max_length} needed: "
-            "lower the maximum model length"
-        )
-    return config
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise RuntimeError(f"it has layers of {', '.join(other)}")
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        raise RuntimeError("its attention has sinks")
+    if not getattr(model.backbone, "_supports_attention_backend", False):
+        raise RuntimeError("its attention is not exchangeable in transformers")

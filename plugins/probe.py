@@ -12,15 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
 
 from .attention import ATTENTION, BLOCK_SIZE
-from .value_model import MAVISValueConfig, MAVISValueModel
+from .value_model import MAVISValueModel
 
 CANDIDATES = 2
 BEYOND = 8  # tokens of a prefix beyond the last length at which something changes
-VOCAB = 64  # of the backbones of random weights
+REMEDY = (
+    "use a decoder of full or sliding-window attention with rotary embeddings, see "
+    "docs/architectures.md"
+)
 
 
 class Probe:
@@ -53,7 +54,7 @@ class Probe:
             return
         rows = [[*self.prefix, candidate] for candidate in self.candidates]
         input_ids = torch.tensor(rows, device=backbone.get_input_embeddings().weight.device)
-        with _refused(self.config):
+        with refused(self.config):
             hidden = backbone(input_ids=input_ids.repeat(adapters, 1), use_cache=False)[0]
         hidden = hidden.view(adapters, len(rows), length + 1, -1)
         self.expected = torch.cat((hidden[:, :1, -2], hidden[:, :, -1]), dim=1).float()
@@ -65,25 +66,18 @@ class Probe:
             ValueError: They differ by more than rounding, or `run` fails.
         """
         assert self.expected is not None
-        with _refused(self.config):
+        with refused(self.config):
             found = run()
-        tolerance = torch.finfo(found.dtype).eps ** 0.5
-        error = float((found.float() - self.expected).norm() / self.expected.norm())
-        if not error <= tolerance:
-            raise ValueError(
-                f"a backbone of type {self.config.model_type!r} is not supported: after a prefix "
-                f"of {len(self.prefix)} tokens it computes in the value engine other hidden states "
-                f"than in transformers (relative error {error:.2g}); {_REMEDY}"
-            )
+            tolerance = torch.finfo(found.dtype).eps ** 0.5
+            error = float((found.float() - self.expected).norm() / self.expected.norm())
+            if not error <= tolerance:
+                raise RuntimeError(
+                    f"after a prefix of {len(self.prefix)} tokens it computes in the value engine "
+                    f"other hidden states than in transformers (relative error {error:.2g})"
+                )
 
 
-_REMEDY = (
-    "use a decoder of full or sliding-window attention with rotary embeddings, see "
-    "docs/architectures.md"
-)
-
-
-class _refused:
+class refused:
     """Whatever is raised within is a `ValueError` that names the kind of backbone."""
 
     def __init__(self, config: Any) -> None:
@@ -95,8 +89,7 @@ class _refused:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception):
             raise ValueError(
-                f"a backbone of type {self.config.model_type!r} is not supported: "
-                f"{type(error).__name__}: {error}; {_REMEDY}"
+                f"a backbone of type {self.config.model_type!r} is not supported: {error}; {REMEDY}"
             ) from error
 
 
@@ -114,36 +107,16 @@ def probe_length(config: Any, max_length: int) -> int:
     return max(1, min(max(marks) + BEYOND, max_length - 1))
 
 
-def check_servable(
-    config: PreTrainedConfig, max_length: int, device: torch.device | str = "cpu"
-) -> None:
-    """Try the engine on a backbone of this configuration, with random weights and few layers.
+def check_servable(model: MAVISValueModel, max_length: int) -> None:
+    """Try the engine on a copy of a value model, before hours are spent on training it.
 
     Args:
-        config: Of the backbone.
+        model: A value model on a CPU, in float32 or bfloat16.
         max_length: Longest text, in tokens.
-        device: Where to try it.
 
     Raises:
-        ValueError: The value engine does not support it; the message names its type.
+        ValueError: The value engine does not support its backbone; the message names its type.
     """
     from .engine import ValueEngine
 
-    config = copy.deepcopy(config.get_text_config())
-    with _refused(config):
-        kinds = getattr(config, "layer_types", None)
-        # As many layers as it takes to have one of every kind behind another.
-        depth = 2 if not kinds else 1 + max(map(kinds.index, set(kinds)))
-        config.num_hidden_layers = min(max(2, depth), config.num_hidden_layers)
-        if kinds:
-            config.layer_types = kinds[: config.num_hidden_layers]
-        config.vocab_size = VOCAB
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(config, name, 0)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = MAVISValueModel(MAVISValueConfig(backbone_config=config, objectives=["probe"]))
-            for parameter in model.parameters():
-                if parameter.ndim > 1:  # the usual small ones would hide what attention does
-                    nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
-    ValueEngine([model], num_slots=1, max_length=max_length, device=device)
+    ValueEngine([copy.deepcopy(model)], num_slots=1, max_length=max_length)

@@ -171,6 +171,25 @@ def test_random_operations(llm, reference):
         assert out == plain_greedy(reference, *expected[name]), name
 
 
+def test_chunks_of_a_prompt_are_stored_and_not_valued(llm, monkeypatch):
+    from trimtab.plugins import ValueEngine
+
+    seen: dict[str, list[int]] = {"store": [], "values": []}
+
+    def noting(name, call):
+        def called(engine, slots, lengths, *arguments):
+            seen[name] += lengths.tolist()
+            return call(engine, slots, lengths, *arguments)
+
+        monkeypatch.setattr(ValueEngine, name, called)
+
+    for name in seen:
+        noting(name, getattr(ValueEngine, name))
+    prompt = [(7 * i) % 90 + 3 for i in range(60)]
+    out = generate(llm, [prompt], sampling((1.0, 0.0), 3, ignore_eos=True))
+    assert seen == {"store": [24, 48], "values": [60, 61, 62]} and len(out[0]) == 3
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_first_tokens_have_the_guided_distribution(llm, reference, temperature):
     from scipy.stats import chisquare
