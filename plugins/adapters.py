@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.utils import cached_file, find_adapter_config_file
 
-from .value_model import MAVISValueModel, load_config
+from .value_model import MAVISValueModel, check_finite, load_config
 
 
 class LoRALinear(nn.Module):
@@ -53,7 +54,7 @@ def load_value_models(paths: Sequence[str], dtype: torch.dtype) -> list[MAVISVal
     """Load value models, whole ones and adapters, for a `ValueEngine`.
 
     Args:
-        paths: Folders or hub ids of whole models, and folders of adapters.
+        paths: Folders or hub ids of whole models and of adapters.
         dtype: Of the weights.
 
     Returns:
@@ -66,12 +67,12 @@ def load_value_models(paths: Sequence[str], dtype: torch.dtype) -> list[MAVISVal
     models: dict[int, MAVISValueModel] = {}
     families: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
-        if (Path(path) / "adapter_config.json").exists():
-            config = load_config(path)
+        config = load_config(path)
+        if find_adapter_config_file(path) is None:
+            models[i] = MAVISValueModel.load(path, dtype=dtype)
+        else:
             backbone = config.text_config.to_json_string(use_diff=False)
             families.setdefault(f"{config.base_model} {config.head_type} {backbone}", []).append(i)
-        else:
-            models[i] = MAVISValueModel.load(path, dtype=dtype)
     for members in families.values():
         tuned = [_load_adapter(paths[i], dtype) for i in members]
         models |= dict(zip(members, _share_backbone(tuned)))
@@ -88,8 +89,13 @@ def _load_adapter(path: str, dtype: torch.dtype) -> MAVISValueModel:
             name="peft",
         ) from error
     config = load_config(path)
-    weights = Path(path) / "adapter_model.safetensors"
-    if not weights.exists():
+    weights = cached_file(
+        path,
+        "adapter_model.safetensors",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if weights is None:
         raise ValueError(
             f"adapter {path!r} has no adapter_model.safetensors; pickled weights are never loaded: "
             "save it with save_pretrained"
@@ -105,7 +111,7 @@ def _load_adapter(path: str, dtype: torch.dtype) -> MAVISValueModel:
             head_type=config.head_type,
             action_rank=config.action_rank,
         )
-        adapted: Any = PeftModel.from_pretrained(model, path)
+        adapted: Any = PeftModel.from_pretrained(model, str(Path(weights).parent))
         with safe_open(weights, framework="pt") as file:
             stored = set(file.keys())
     except Exception as error:  # PEFT, transformers and safetensors raise many kinds
@@ -115,6 +121,7 @@ def _load_adapter(path: str, dtype: torch.dtype) -> MAVISValueModel:
     if missing := sorted(set(get_peft_model_state_dict(adapted)) - stored):  # PEFT only warns
         raise ValueError(f"adapter {path!r} lacks the weights {missing}; copy or train it again")
     tuned: Any = adapted.base_model.model
+    check_finite(tuned, path)
     for name, module in list(tuned.named_children()):
         if name != "backbone" and hasattr(module, "modules_to_save"):
             setattr(tuned, name, module.modules_to_save["default"])
@@ -128,6 +135,13 @@ def _load_adapter(path: str, dtype: torch.dtype) -> MAVISValueModel:
                 f"adapter {path!r} changes {name!r} by more than plain LoRA, which cannot run "
                 "beside others: save it merged"
             )
+        if hasattr(module, "lora_A"):
+            scaled = module.lora_B["default"].weight * module.scaling["default"]
+            if not scaled.isfinite().all():
+                raise ValueError(
+                    f"adapter {path!r}: the weights of {name!r}, scaled by its lora_alpha, are not "
+                    f"finite in {dtype}; train it again"
+                )
     return tuned
 
 

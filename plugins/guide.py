@@ -60,8 +60,9 @@ class Guide:
         # Impossible candidates cost nothing to leave out where their number is at hand.
         self._prunes = engine.reads_candidates and (prune_eps > 0 or engine.device.type == "cpu")
         self.guided = np.zeros(num_slots, dtype=bool)
-        # A slot's weights, then beta, top_k and the KL budget: one copy to the device a step.
-        self._params = np.zeros((num_slots, len(engine.objectives) + 3), dtype=np.float32)
+        # A slot's weights, then beta, top_k, the KL budget and its temperature: one copy to the
+        # device a step.
+        self._params = np.zeros((num_slots, len(engine.objectives) + 4), dtype=np.float32)
 
     def start(self, slot: int, params: GuidanceParams) -> bool:
         """Begin a new sequence in `slot`; returns whether it is guided at all."""
@@ -69,7 +70,7 @@ class Guide:
         self.guided[slot] = params.guides
         budget = np.inf if params.kl_budget is None else params.kl_budget
         weights = np.multiply(params.weights, self.engine.candidate_scale)
-        self._params[slot] = (*weights, params.beta, params.top_k, budget)
+        self._params[slot] = (*weights, params.beta, params.top_k, budget, params.temperature)
         return params.guides
 
     @torch.inference_mode()
@@ -95,16 +96,16 @@ class Guide:
             log-sum-exp of the row's own candidates' logits `[batch, 1]`.
         """
         chosen = self._params[slots]
-        top_k = chosen[:, -2]
+        top_k = chosen[:, -3]
         max_k = int(top_k.max())
         params = to_device(torch.from_numpy(chosen), logits.device)
-        weights, (beta, k, budget) = params[:, :-3], params[:, -3:].unbind(1)
+        weights, (beta, k, budget, temperature) = params[:, :-4], params[:, -4:].unbind(1)
         candidates, log_probs = top_candidates(
             logits, max_k, k.long() if (top_k < max_k).any() else None
         )
         counts = None
         if self._prunes:
-            reach = torch.from_numpy(chosen[:, -3] * (np.abs(chosen[:, :-3]) @ self._range))
+            reach = torch.from_numpy(chosen[:, -4] * (np.abs(chosen[:, :-4]) @ self._range))
             likely = count_likely(log_probs, reach.to(log_probs), self.prune_eps)
             ranks = torch.arange(log_probs.shape[1], device=log_probs.device)
             log_probs = log_probs.masked_fill(ranks >= likely[:, None], -torch.inf)
@@ -125,8 +126,10 @@ class Guide:
             slots, lengths, last_tokens, candidates, history, counts,
             rerank=likeliest if self.rerank else None,
         )  # fmt: skip
-        limited = np.isfinite(chosen[:, -1]).any()
-        log_policy = guide(log_probs, values, weights, beta, budget if limited else None)
+        limited = np.isfinite(chosen[:, -2]).any()
+        log_policy = guide(
+            log_probs, values, weights, beta, budget if limited else None, temperature
+        )
         # The first candidate is every row's own, whatever the largest k of the batch.
         scale = logits.gather(1, candidates[:, :1]) - log_probs[:, :1]
         return candidates, log_policy, scale

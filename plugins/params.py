@@ -6,14 +6,23 @@ arguments. Both are validated where they are made, with a message that names the
 
 from __future__ import annotations
 
+import difflib
 import json
-import math
+import numbers
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 PREFIX = "mavis_"
+ARGUMENTS = ("weights", "beta", "top_k", "kl_budget")
+# Logits are float32. Rewards are standardised, so that values are of the order of 1 and a strength
+# of 100 leaves next to one token; at this one values of up to 1e32 still give finite logits.
+MAX_STRENGTH = 1e6
+MIN_KL, MAX_KL = 1e-6, 1e6  # nats; float32 resolves no less
+MAX_TOP_K = 1 << 20  # more than any vocabulary has, and exact in float32
+QUOTED = 100  # characters
 
 
 @dataclass(frozen=True)
@@ -21,33 +30,42 @@ class GuidanceParams:
     """How one request is guided.
 
     Args:
-        weights: One finite number per objective, in the server's order.
-        beta: Strength of the guidance, finite and not negative.
-        top_k: Number of candidates at each step, at least 1.
-        kl_budget: Most nats per step that guidance may move the distribution, positive; None for
+        weights: One number per objective, in the server's order, -1e6 to 1e6.
+        beta: Strength of the guidance, 0 to 1e6, and no more times the sum of |weights|.
+        top_k: Number of candidates at each step, 1 to 2**20.
+        kl_budget: Most nats per step that guidance may move the distribution, 1e-6 to 1e6; None for
             no limit.
+        temperature: At which `kl_budget` holds, 0.001 to 1,000: that at which the host samples.
+            It changes nothing else.
 
     Raises:
-        ValueError: A field is out of range.
+        ValueError: A field is no number or out of range.
     """
 
     weights: tuple[float, ...]
     beta: float = 1.0
     top_k: int = 40
     kl_budget: float | None = None
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for weight in self.weights:
-            _number("weights", weight)
-        if _number("beta", self.beta) < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
-            raise ValueError(f"top_k must be an integer of at least 1, got {self.top_k!r}")
-        if self.kl_budget is not None and _number("kl_budget", self.kl_budget) <= 0:
+        limit = MAX_STRENGTH
+        weights = tuple(
+            check_number(f"weights[{i}]", weight, -limit, limit)
+            for i, weight in enumerate(self.weights)
+        )
+        beta = check_number("beta", self.beta, 0, limit)
+        if (strength := beta * sum(map(abs, weights))) > limit:
             raise ValueError(
-                f"kl_budget must be positive, in nats per step, got {self.kl_budget}; "
-                "leave it out for no limit"
+                f"beta times the sum of |weights| must be at most {limit:g}, got {strength:g}"
             )
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "beta", beta)
+        object.__setattr__(self, "top_k", check_integer("top_k", self.top_k, 1, MAX_TOP_K))
+        if self.kl_budget is not None:
+            object.__setattr__(self, "kl_budget", _kl_budget(self.kl_budget))
+        temperature = check_number("temperature", self.temperature, 1e-3, 1e3)
+        object.__setattr__(self, "temperature", temperature)
 
     @property
     def guides(self) -> bool:
@@ -77,7 +95,8 @@ class GuidanceConfig:
             `max_num_seqs` sequences of `max_model_len` tokens, at most 1 GiB.
 
     Raises:
-        ValueError: A key is unknown or a value out of range.
+        ValueError: A key is unknown, or a value of the wrong type or out of range. Numbers are
+            numbers here, not text.
     """
 
     value_models: tuple[tuple[str | None, str], ...]
@@ -100,47 +119,44 @@ class GuidanceConfig:
                 """'{"mavis": {"value_models": ["PATH"]}}'"""
             )
         known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(config) - set(known)):
-            raise ValueError(f"unknown key {unknown[0]!r} in the mavis config; known: {known}")
+        for key in config:
+            if key not in known:
+                raise ValueError(f"unknown key {quote(key)} in the mavis config; known: {known}")
         models = config.get("value_models")
         if isinstance(models, str):
             models = [models]
-        named: tuple[tuple[str | None, Any], ...] = ()
+        named: tuple[tuple[Any, Any], ...] = ()
         if isinstance(models, Mapping):
-            named = tuple((str(name), path) for name, path in models.items())
+            named = tuple(models.items())
+            for name in models:
+                check_objective_name("mavis config: value_models", name)
         elif isinstance(models, Sequence):
             named = tuple((None, path) for path in models)
         if not named or not all(isinstance(path, str) and path for _, path in named):
             raise ValueError(
                 "mavis config: value_models must be a list of folders or hub ids, or an object "
-                f"from names to them, got {models!r}"
+                f"from names to them, got {quote(models)}"
             )
         return cls(**{**config, "value_models": named})
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Mapping):
             raise ValueError(
-                f"mavis config: weights must be an object by objective, got {self.weights!r}"
-            )
-        if isinstance(self.max_top_k, bool) or not isinstance(self.max_top_k, int):
-            raise ValueError(f"mavis config: max_top_k must be an integer, got {self.max_top_k!r}")
-        if isinstance(self.rerank, bool) or not isinstance(self.rerank, int) or self.rerank < 0:
-            raise ValueError(
-                "mavis config: rerank must be a number of candidates, an integer of at least 0, "
-                f"got {self.rerank!r}"
+                f"mavis config: weights must be an object by objective, got {quote(self.weights)}"
             )
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"mavis config: dtype must be one of {DTYPES}, got {self.dtype!r}")
-        if not 0 <= _number("mavis config: prune_eps", self.prune_eps) < 1:
             raise ValueError(
-                "mavis config: prune_eps must be a probability, at least 0 and below 1, "
-                f"got {self.prune_eps}"
+                f"mavis config: dtype must be one of {DTYPES}, got {quote(self.dtype)}"
             )
-        if _number("mavis config: kv_cache_memory_gib", self.kv_cache_memory_gib) <= 0:
-            raise ValueError(
-                "mavis config: kv_cache_memory_gib must be positive, "
-                f"got {self.kv_cache_memory_gib}"
+        for name, weight in self.weights.items():
+            check_number(
+                f"mavis config: weights[{quote(name)}]", weight, -MAX_STRENGTH, MAX_STRENGTH
             )
+        check_integer("mavis config: max_top_k", self.max_top_k, 1, MAX_TOP_K)
+        check_integer("mavis config: rerank", self.rerank, 0, MAX_TOP_K)
+        check_number("mavis config: prune_eps", self.prune_eps, 0, 1)
+        check_number("mavis config: kv_cache_memory_gib", self.kv_cache_memory_gib, 1e-6, 1e6)
+        self.default_params(tuple(self.weights), 1)  # all but the names, which the models tell
 
     def default_params(self, objectives: Sequence[str], trained_top_k: int) -> GuidanceParams:
         """The parameters of a request that says nothing.
@@ -150,7 +166,7 @@ class GuidanceConfig:
         """
         try:
             params = GuidanceParams(
-                weights=_weights_by_name(self.weights, objectives),
+                weights=_in_order(self.weights, objectives),
                 beta=self.beta,
                 top_k=trained_top_k if self.top_k is None else self.top_k,
                 kl_budget=self.kl_budget,
@@ -163,7 +179,7 @@ class GuidanceConfig:
 
 
 def request_params(
-    extra_args: Mapping[str, Any] | None,
+    extra_args: Mapping[Any, Any] | None,
     objectives: Sequence[str],
     defaults: GuidanceParams,
     max_top_k: int,
@@ -181,87 +197,189 @@ def request_params(
     Raises:
         ValueError: An argument is unknown, malformed or out of range. The message names it.
     """
-    given = {k: v for k, v in (extra_args or {}).items() if k.startswith(PREFIX)}
+    given = read_request(extra_args, max_top_k)
     if not given:
         return defaults
-    known = ("weights", "beta", "top_k", "kl_budget")
-    if unknown := sorted(set(given) - {PREFIX + name for name in known}):
-        raise ValueError(
-            f"unknown argument {unknown[0]!r}; known: {', '.join(PREFIX + n for n in known)}"
-        )
-    values: dict[str, Any] = {name: getattr(defaults, name) for name in known}
     try:
-        if "mavis_weights" in given:
-            values["weights"] = parse_weights(given["mavis_weights"], objectives)
-        for name in ("beta", "kl_budget"):
-            if PREFIX + name in given:
-                values[name] = _number(name, given[PREFIX + name])
-        if "mavis_top_k" in given:
-            top_k = _number("top_k", given["mavis_top_k"])
-            if top_k != int(top_k) or not 1 <= top_k <= max_top_k:
-                raise ValueError(
-                    f"top_k must be an integer from 1 to {max_top_k}, got {given['mavis_top_k']!r}"
-                )
-            values["top_k"] = int(top_k)
-        return GuidanceParams(**values)
+        if "weights" in given:
+            given["weights"] = _in_order(given["weights"], objectives)
+        return replace(defaults, **given)
     except ValueError as error:  # its message begins with the field's name
         raise ValueError(f"{PREFIX}{error}") from None
+
+
+def read_request(
+    extra_args: Mapping[Any, Any] | None, max_top_k: int = MAX_TOP_K
+) -> dict[str, Any]:
+    """What a request says, checked as far as no server's configuration is needed.
+
+    Returns:
+        The fields of [`GuidanceParams`] that it gives; `weights` by objective or as a list.
+
+    Raises:
+        ValueError: An argument is unknown, malformed or out of range. The message names it.
+    """
+    if not isinstance(extra_args or {}, Mapping):
+        raise ValueError(f"extra_args must be an object by argument, got {quote(extra_args)}")
+    given: dict[str, Any] = {}
+    for key, value in (extra_args or {}).items():
+        if (name := argument(key)) is not None:
+            given[name] = value
+    try:
+        if "weights" in given:
+            given["weights"] = _read_weights(given["weights"])
+        if "beta" in given:
+            given["beta"] = check_number("beta", given["beta"], 0, MAX_STRENGTH, text=True)
+        if "kl_budget" in given:
+            given["kl_budget"] = _kl_budget(given["kl_budget"], text=True)
+        if "top_k" in given:
+            given["top_k"] = check_integer("top_k", given["top_k"], 1, max_top_k, text=True)
+    except ValueError as error:
+        raise ValueError(f"{PREFIX}{error}") from None
+    return given
+
+
+def argument(key: object) -> str | None:
+    """The argument that `key` names, None if it is not ours.
+
+    Raises:
+        ValueError: It is spelt like one of ours but is none: guidance would be left out in silence.
+    """
+    if not isinstance(key, str):
+        return None
+    if key.startswith(PREFIX) and key.removeprefix(PREFIX) in ARGUMENTS:
+        return key.removeprefix(PREFIX)
+    letters = {(PREFIX + name).replace("_", ""): PREFIX + name for name in ARGUMENTS}
+    spelt = re.sub(r"[\W_]", "", key).casefold()
+    if spelt not in letters and not re.match(r"[\W_]*mavis(?![^\W\d_])", key, re.IGNORECASE):
+        return None
+    near = difflib.get_close_matches(spelt[:QUOTED], letters, n=1)
+    hint = f" (did you mean {letters[near[0]]}?)" if near else ""
+    known = ", ".join(letters.values())
+    raise ValueError(f"unknown argument {quote(key)}{hint}; known: {known}")
 
 
 def parse_weights(value: object, objectives: Sequence[str]) -> tuple[float, ...]:
     """Weights in any of the forms that `request_params` lists, in the order of `objectives`.
 
     Raises:
-        ValueError: Malformed, not finite, or of an unknown objective.
+        ValueError: Malformed, out of range, or of an unknown objective.
     """
+    return _in_order(_read_weights(value), objectives)
+
+
+def _read_weights(value: object) -> dict[str, float] | list[float]:
+    given = value
     if isinstance(value, str):
         text = value.strip()
-        if text.startswith(("{", "[")):
-            try:
-                value = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"weights is not valid JSON ({error}), got {value!r}") from None
-        else:
-            pairs = [part.partition("=") for part in text.split(",")]
-            if not all(name.strip() and equals for name, equals, _ in pairs):
-                raise ValueError(
-                    "weights must be a JSON object, 'name=value,…' or a list of numbers, "
-                    f"got {value!r}"
-                )
-            names = [name.strip() for name, _, _ in pairs]
-            if len(set(names)) < len(names):
-                raise ValueError(f"weights names an objective twice, got {value!r}")
-            value = {name: number for name, (_, _, number) in zip(names, pairs)}
+        try:
+            if text.startswith(("{", "[")):
+                value = json.loads(text, object_pairs_hook=_each_once)
+            else:
+                pairs = [part.partition("=") for part in text.split(",")]
+                if all(name.strip() and equals for name, equals, _ in pairs):
+                    value = _each_once([(name.strip(), number) for name, _, number in pairs])
+        except (ValueError, RecursionError) as error:  # json raises both
+            raise ValueError(f"weights cannot be read ({error}), got {quote(given)}") from None
+    limit = MAX_STRENGTH
     if isinstance(value, Mapping):
-        return _weights_by_name(value, objectives)
+        return {
+            name: check_number(f"weights[{quote(name)}]", weight, -limit, limit, text=True)
+            for name, weight in value.items()
+        }
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        if len(value) != len(objectives):
-            raise ValueError(
-                f"weights has {len(value)} numbers for {len(objectives)} objectives "
-                f"{list(objectives)}"
-            )
-        return tuple(_number(f"weights[{i}]", w) for i, w in enumerate(value))
+        return [
+            check_number(f"weights[{i}]", weight, -limit, limit, text=True)
+            for i, weight in enumerate(value)
+        ]
     raise ValueError(
-        f"weights must be a JSON object, 'name=value,…' or a list of numbers, got {value!r}"
+        f"weights must be a JSON object, 'name=value,…' or a list of numbers, got {quote(given)}"
     )
 
 
-def _weights_by_name(weights: Mapping[str, object], objectives: Sequence[str]) -> tuple[float, ...]:
-    if unknown := sorted(set(weights) - set(objectives)):
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of pairs whose names differ: JSON would keep the last of two."""
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ValueError("an objective is named twice")
+    return named
+
+
+def _in_order(
+    weights: Mapping[str, float] | Sequence[float], objectives: Sequence[str]
+) -> tuple[float, ...]:
+    """`weights` in the order of `objectives`; of those by name, absent ones are 0."""
+    if isinstance(weights, Mapping):
+        for name in weights:
+            if name not in objectives:
+                raise ValueError(
+                    f"weights: unknown objective {quote(name)}; the value models have "
+                    f"{list(objectives)}"
+                )
+        return tuple(weights.get(name, 0.0) for name in objectives)
+    if len(weights) != len(objectives):
         raise ValueError(
-            f"weights: unknown objective {unknown[0]!r}; the value models have {list(objectives)}"
+            f"weights has {len(weights)} numbers for {len(objectives)} objectives "
+            f"{list(objectives)}"
         )
-    return tuple(_number(f"weights[{key!r}]", weights.get(key, 0.0)) for key in objectives)
+    return tuple(weights)
 
 
-def _number(name: str, value: object) -> float:
-    """A finite float; text is accepted because HTTP clients send it."""
+def check_objective_name(where: str, name: object) -> None:
+    """Check that requests (`name=value,…`), metrics (`group/name`) and folders can have `name`.
+
+    Args:
+        where: What has the objective, with which the message begins.
+        name: Of the objective.
+
+    Raises:
+        ValueError: It is no such name.
+    """
+    if not (
+        isinstance(name, str) and re.fullmatch(r"\w[^\s=,/]{0,99}", name) and name.isprintable()
+    ):
+        raise ValueError(
+            f"{where} has the objective {quote(name)}: a name begins with a letter, digit or "
+            "underscore and has no '=', ',', '/' or white space, at most 100 characters"
+        )
+
+
+def quote(value: object) -> str:
+    """`repr(value)` for a message, cut: what is refused comes back in an answer and in logs."""
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, got {value!r}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return number
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, a list nested too deep
+        text = f"a value of type {type(value).__name__} that cannot be shown"
+    half = QUOTED // 2
+    return text if len(text) <= QUOTED else f"{text[:half]}…{text[1 - half :]}"
+
+
+def _kl_budget(value: object, *, text: bool = False) -> float:
+    try:
+        return check_number("kl_budget", value, MIN_KL, MAX_KL, text=text)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is in nats per step, leave it out for no limit") from None
+
+
+def check_number(name: str, value: object, low: float, high: float, *, text: bool = False) -> float:
+    """`value` as a float from `low` to `high`; HTTP clients send `text`, too."""
+    kinds: tuple[Any, ...] = (numbers.Real, str) if text else (numbers.Real,)
+    try:
+        if isinstance(value, kinds) and not isinstance(value, bool):
+            number = float(value)
+            if low <= number <= high:
+                return number
+    except (ValueError, OverflowError):  # no number in the text, or an integer beyond any float
+        pass
+    raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {quote(value)}")
+
+
+def check_integer(name: str, value: object, low: int, high: int, *, text: bool = False) -> int:
+    """`value` as an int from `low` to `high`; of HTTP clients text or a whole float as well."""
+    try:
+        number = check_number(name, value, low, high, text=text)
+        if number.is_integer() and (text or isinstance(value, numbers.Integral)):
+            return int(number)
+    except ValueError:
+        pass
+    raise ValueError(f"{name} must be an integer from {low} to {high}, got {quote(value)}")

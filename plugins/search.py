@@ -52,7 +52,7 @@ def best_of_n(
     attention_mask: torch.Tensor | None = None,
     *,
     n: int,
-    value_models: Sequence[MAVISValueModel | str],
+    value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str,
     weights: Mapping[str, float] | Sequence[float] | str,
     reward_funcs: Mapping[str, Callable[..., Sequence[float]]] | None = None,
     tokenizer: Any = None,
@@ -103,6 +103,8 @@ def best_of_n(
     """
     _at_least_one("n", n)
     prompts = _prompts(input_ids, attention_mask)
+    if isinstance(value_models, (str, MAVISValueModel)):
+        value_models = [value_models]
     if reward_funcs is None:
         make_engine, configs = _open(value_models, dtype, generator)
     else:
@@ -146,7 +148,7 @@ def beam_search(
     input_ids: torch.Tensor | Sequence[Sequence[int]],
     attention_mask: torch.Tensor | None = None,
     *,
-    value_models: Sequence[MAVISValueModel | str],
+    value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str,
     weights: Mapping[str, float] | Sequence[float] | str,
     beta: float = 1.0,
     num_beams: int = 4,
@@ -550,7 +552,9 @@ def _left_padded(texts: list[list[int]], device: torch.device) -> tuple[torch.Te
 
 
 def _open(
-    value_models: Sequence[MAVISValueModel | str], dtype: torch.dtype | None, generator: Any
+    value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str,
+    dtype: torch.dtype | None,
+    generator: Any,
 ) -> tuple[Callable[..., ValueEngine], list[MAVISValueConfig]]:
     """What makes an engine of the value models beside the generator, and their configurations."""
     if hasattr(generator, "device"):

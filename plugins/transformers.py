@@ -24,11 +24,12 @@ class MAVISLogitsProcessor(LogitsProcessor):
     `generate` calls, one at a time.
 
     Args:
-        value_models: Value models, or folders or hub ids of them.
+        value_models: Value models, or folders or hub ids of them; or just one.
         weights: Weight of each objective by name, absent ones 0; or a list in the models' order.
         beta: Strength of the guidance.
         top_k: Number of candidates at each step; by default the number the models were made for.
-        kl_budget: Most nats per step that guidance may move the distribution.
+        kl_budget: Most nats per step that guidance may move the distribution, at temperature 1:
+            `generate` applies its own afterwards, and a lower one moves it further.
         attention_mask: `[batch, prompt_length]`, the mask given to `generate`. Needed when prompts
             are padded on the left, and then set anew before each call.
         tokenizer: The base model's, to check that the value models were trained with it.
@@ -53,7 +54,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        value_models: Sequence[MAVISValueModel | str],
+        value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str,
         *,
         weights: Mapping[str, float] | Sequence[float],
         beta: float = 1.0,
@@ -210,13 +211,15 @@ class MAVISLogitsProcessor(LogitsProcessor):
 
 
 def open_value_models(
-    value_models: Sequence[MAVISValueModel | str], dtype: torch.dtype
+    value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str, dtype: torch.dtype
 ) -> list[MAVISValueModel]:
     """Value models that guide together, loaded where they are given by folder or hub id.
 
     Raises:
         ValueError: There is none, one cannot be loaded, or two have an objective of one name.
     """
+    if isinstance(value_models, (str, MAVISValueModel)):
+        value_models = [value_models]
     loaded = iter(load_value_models([m for m in value_models if isinstance(m, str)], dtype))
     models = [next(loaded) if isinstance(m, str) else m for m in value_models]
     if not models:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,7 +30,10 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .params import MAX_TOP_K, check_integer, check_number, check_objective_name, quote
+
 HEAD_TYPES = ("state", "action")
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 class MAVISValueConfig(PreTrainedConfig):
@@ -82,42 +87,44 @@ class MAVISValueConfig(PreTrainedConfig):
             if model_type is None:
                 raise ValueError("backbone_config has no model_type; save it with save_pretrained")
             self.backbone_config = AutoConfig.for_model(model_type, **fields)
+        if not isinstance(self.backbone_config, (PreTrainedConfig, type(None))):
+            raise ValueError(
+                f"backbone_config must be an object, got {quote(self.backbone_config)}"
+            )
         if self.objectives is not None:
+            if not isinstance(self.objectives, Sequence) or isinstance(self.objectives, str):
+                raise ValueError(
+                    f"objectives must be a list of names, got {quote(self.objectives)}"
+                )
             objectives = self.objectives = list(self.objectives)
+            for name in objectives:
+                check_objective_name("the value model", name)
             if not objectives or len(set(objectives)) != len(objectives):
                 raise ValueError(
                     f"objectives must be distinct names, at least one, got {objectives}"
                 )
-            count = len(objectives)
-            self.reward_mean = list(self.reward_mean or [0.0] * count)
-            self.reward_std = list(self.reward_std or [1.0] * count)
-            for field in ("reward_mean", "reward_std"):
-                values = getattr(self, field)
-                if len(values) != count:
-                    raise ValueError(
-                        f"{field} has {len(values)} entries for {count} objectives {objectives}"
-                    )
-            if min(self.reward_std) <= 0:
-                raise ValueError(f"reward_std must be positive, got {self.reward_std}")
-            ranges = self.candidate_range
-            if ranges is not None and (len(ranges) != count or min(ranges) < 0):
-                raise ValueError(
-                    "candidate_range must be a number that is not negative for each of "
-                    f"{objectives}, got {ranges}"
-                )
-            scales = self.candidate_scale
-            if scales is not None and not (
-                len(scales) == count and all(0 <= scale <= 1 for scale in scales)
-            ):
-                raise ValueError(
-                    f"candidate_scale must be a number from 0 to 1 for each of {objectives}, got "
-                    f"{scales}"
-                )
+            self.reward_mean = self._numbers("reward_mean", 0.0, -LARGEST, LARGEST)
+            self.reward_std = self._numbers("reward_std", 1.0, SMALLEST, LARGEST)
+            if self.candidate_range is not None:
+                self.candidate_range = self._numbers("candidate_range", 0.0, 0, LARGEST)
+            if self.candidate_scale is not None:
+                self.candidate_scale = self._numbers("candidate_scale", 1.0, 0, 1)
         if self.head_type not in HEAD_TYPES:
-            raise ValueError(f"head_type must be one of {HEAD_TYPES}, got {self.head_type!r}")
-        if self.action_rank < 1:
-            raise ValueError(f"action_rank must be at least 1, got {self.action_rank}")
+            raise ValueError(f"head_type must be one of {HEAD_TYPES}, got {quote(self.head_type)}")
+        check_integer("action_rank", self.action_rank, 1, MAX_TOP_K)
+        check_integer("top_k", self.top_k, 1, MAX_TOP_K)
         super().__post_init__(**kwargs)
+
+    def _numbers(self, field: str, default: float, low: float, high: float) -> list[float]:
+        """The field's number for each objective, all `default` if there is none."""
+        objectives = self.objectives or []
+        values = getattr(self, field)
+        values = [default] * len(objectives) if values is None else values
+        if not isinstance(values, Sequence) or len(values) != len(objectives):
+            raise ValueError(
+                f"{field} must be a list of a number for each of {objectives}, got {quote(values)}"
+            )
+        return [check_number(f"{field}[{i}]", x, low, high) for i, x in enumerate(values)]
 
     @property
     def text_config(self) -> Any:
@@ -469,6 +476,7 @@ class MAVISValueModel(PreTrainedModel):
                 f"value model {name_or_path!r}: its weights do not fit its config ({broken}); "
                 "copy or train it again"
             )
+        check_finite(model, name_or_path)
         return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
@@ -482,21 +490,58 @@ def load_config(name_or_path: str) -> MAVISValueConfig:
     """The configuration of a value model, without its weights.
 
     Raises:
-        ValueError: There is none at `name_or_path`, or it is of another model type.
+        ValueError: There is none at `name_or_path`, it is of another model type or contradicts
+            itself.
     """
     try:
         fields, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    except OSError as error:
+        if not isinstance(fields, dict) or not fields:
+            raise OSError("it has no config.json that can be read")
+    except Exception as error:  # transformers raises many kinds
         raise ValueError(
-            f"value model {name_or_path!r} cannot be loaded: {error}; "
+            f"value model {quote(name_or_path)} cannot be loaded: {_why(name_or_path, error)}; "
             "give the folder or hub id that save_pretrained wrote"
         ) from error
     if fields.get("model_type") != MAVISValueConfig.model_type:
         raise ValueError(
-            f"{name_or_path!r} is not a value model: its config has model_type "
-            f"{fields.get('model_type')!r}, expected {MAVISValueConfig.model_type!r}"
+            f"{quote(name_or_path)} is not a value model: its config has model_type "
+            f"{quote(fields.get('model_type'))}, expected {MAVISValueConfig.model_type!r}"
         )
-    return MAVISValueConfig.from_pretrained(name_or_path)
+    try:
+        return MAVISValueConfig.from_pretrained(name_or_path)
+    except Exception as error:  # that of the backbone may have fields of any kind
+        raise ValueError(
+            f"value model {quote(name_or_path)}: its config is wrong: {error}"
+        ) from error
+
+
+def _why(name_or_path: str, error: Exception) -> str:
+    """Why there is no config: of a mistyped folder the hub's own answer tells nothing."""
+    if os.path.isdir(name_or_path):
+        return "the folder has no config.json that can be read"
+    if isinstance(error.__cause__, HFValidationError):  # no hub id
+        return "there is no such folder"
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        return (
+            f"there is no such folder in {os.getcwd()}, and as a hub id it is not in the cache "
+            "while the hub cannot be reached"
+        )
+    return f"there is no such folder, and as a hub id: {error}"
+
+
+def check_finite(model: nn.Module, name_or_path: str) -> None:
+    """Check that no weight is NaN or infinite, in the dtype that it was loaded in.
+
+    Raises:
+        ValueError: One is. The message names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"value model {quote(name_or_path)}: the weights {name} hold NaN or infinity in "
+                f"{str(parameter.dtype).removeprefix('torch.')}; train it again, or load it in a "
+                "dtype of a wider range"
+            )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

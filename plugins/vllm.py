@@ -9,10 +9,10 @@ rest. The server's settings come in `--additional-config '{"mavis": {...}}'`, a 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +37,14 @@ except ModuleNotFoundError as error:
 from .adapters import load_value_models
 from .engine import GIB, History, ValueEngine, to_device
 from .guide import Guide
-from .params import PREFIX, GuidanceConfig, GuidanceParams, request_params
+from .params import GuidanceConfig, GuidanceParams, argument, read_request, request_params
 from .value_model import (
     MAVISValueModel,
     base_model_fingerprint,
     load_config,
     tokenizer_fingerprint,
 )
-from .vllm_internals import ModelRunner, largest_and_smallest, samples
+from .vllm_internals import ModelRunner, calling, largest_and_smallest, samples
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -61,9 +61,20 @@ class Serving:
     defaults: GuidanceParams
 
     def params(self, sampling_params: SamplingParams) -> GuidanceParams:
-        return request_params(
+        """One request's parameters.
+
+        A `kl_budget` holds at the request's temperature; at temperature 0, where any change of the
+        likeliest token is one from certainty to certainty, at temperature 1.
+
+        Raises:
+            ValueError: An argument is unknown, malformed or out of range. The message names it.
+        """
+        params = request_params(
             sampling_params.extra_args, self.objectives, self.defaults, self.config.max_top_k
         )
+        if params.kl_budget is None or not sampling_params.temperature:
+            return params
+        return replace(params, temperature=sampling_params.temperature)
 
 
 @lru_cache
@@ -93,25 +104,21 @@ def serving(vllm_config: VllmConfig) -> Serving:
     """
     additional = vllm_config.additional_config
     config = additional.get("mavis") if isinstance(additional, dict) else None
-    return _serving(json.dumps(config, sort_keys=False))
+    try:
+        text = json.dumps(config, sort_keys=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"mavis config: it must be what JSON can say ({error})") from None
+    return _serving(text)
 
 
-def _calling_config() -> VllmConfig:
-    """The config of the vLLM engine that is calling `validate_params`.
+def _calling_config() -> VllmConfig | None:
+    """The config of the vLLM engine that is calling `validate_params`, None if it is not found.
 
     vLLM passes the hook nothing but the request, and a process may hold several engines: the
     engine's input processor is looked for up the stack (vLLM 0.32: two or three frames).
     """
-    frame = sys._getframe(2)
-    while frame is not None:
-        config = getattr(frame.f_locals.get("self"), "vllm_config", None)
-        if isinstance(config, VllmConfig):
-            return config
-        frame = frame.f_back  # type: ignore[assignment]
-    raise ValueError(
-        f"this version of vLLM does not show its configuration to logits processors: {PREFIX}* "
-        "arguments cannot be checked and are refused; install vLLM 0.32"
-    )
+    found = calling(lambda caller: isinstance(getattr(caller, "vllm_config", None), VllmConfig))
+    return None if found is None else found.vllm_config
 
 
 @dataclass(eq=False)
@@ -141,8 +148,8 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             the server does not start.
 
     Attributes:
-        failures: How often guidance failed within a step, by the kind of error. The step's requests
-            then went on unguided.
+        failures: How often guidance failed within a step, by the kind of error, whose requests then
+            went on unguided; and how many requests went unguided for a wrong argument, by its name.
     """
 
     guide_class: type[Guide] = Guide
@@ -220,11 +227,38 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Check a request's `mavis_*` arguments in the frontend.
 
+        Objectives and `max_top_k` are the server's, and checked where its configuration is to be
+        seen from here.
+
         Raises:
             ValueError: One is unknown, malformed or out of range; vLLM answers HTTP 400.
         """
-        if any(key.startswith(PREFIX) for key in sampling_params.extra_args or ()):
-            serving(_calling_config()).params(sampling_params)
+        if not any([argument(key) for key in sampling_params.extra_args or ()]):
+            return
+        if (config := _calling_config()) is None:
+            read_request(sampling_params.extra_args)
+        else:
+            serving(config).params(sampling_params)
+
+    def _params(self, sampling_params: SamplingParams) -> GuidanceParams:
+        """A request's parameters; no guidance if they are wrong.
+
+        A frontend that does not call `validate_params` lets wrong ones pass. Raised here, an error
+        would end the engine and all other requests with it.
+        """
+        try:
+            return self._serving.params(sampling_params)
+        except Exception as error:
+            known = isinstance(error, ValueError)  # whose message begins with the argument's name
+            kind = re.split(r"\W", str(error), maxsplit=1)[0] if known else type(error).__name__
+            if not self.failures[kind]:
+                logger.warning(
+                    "MAVIS: a request goes on unguided, as will others with the same fault, since "
+                    "the frontend did not refuse it: %s",
+                    error,
+                )
+            self.failures[kind] += 1
+            return replace(self._serving.defaults, weights=(0.0,) * len(self._serving.objectives))
 
     def is_argmax_invariant(self) -> bool:
         """False: guidance changes which token is likeliest."""
@@ -250,7 +284,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def _new_request(
         self, sampling_params: SamplingParams, prompt: list[int] | None, output: list[int]
     ) -> _Request | None:
-        params = self._serving.params(sampling_params)
+        params = self._params(sampling_params)
         if not params.guides:
             return None
         assert prompt is not None  # prompt embeddings are refused at start-up
@@ -312,7 +346,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """Begin a request in slot `req_idx`; returns whether it is guided."""
         if not self._samples:
             return False
-        return self._guide.start(req_idx, self._serving.params(sampling_params))
+        return self._guide.start(req_idx, self._params(sampling_params))
 
     def _apply_v2(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         assert self._v2 is not None
@@ -361,8 +395,22 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
 
 def _check_base_model(model: MAVISValueModel, path: str, vllm_config: VllmConfig) -> None:
-    """Refuse a value model of another tokenizer; warn of one made for another base model."""
+    """Refuse what the value model cannot read, and one of another tokenizer.
+
+    Of one made for another base model it only warns.
+    """
     model_config: Any = vllm_config.model_config
+    if model_config.is_encoder_decoder:
+        raise ValueError(
+            f"the served model {model_config.model!r} is an encoder-decoder: value models read the "
+            "decoder's tokens only; serve a decoder"
+        )
+    if model_config.supports_multimodal_inputs:
+        raise ValueError(
+            f"the served model {model_config.model!r} takes images, audio or video, and value "
+            "models read text only: add --language-model-only, or --limit-mm-per-prompt with 0 "
+            "for each"
+        )
     config, vocab_size = model.config, model_config.get_vocab_size()
     if config.vocab_size != vocab_size:
         raise ValueError(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.utils import logging
 
+from trimtab.plugins.params import check_objective_name
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -94,12 +96,7 @@ def load_reward_funcs(reward_funcs: Mapping[str, Any]) -> dict[str, RewardFunc]:
         )
     loaded: dict[str, RewardFunc] = {}
     for name, func in reward_funcs.items():
-        # Requests name objectives in `name=value,...`, and metrics in `group/name`.
-        if not isinstance(name, str) or not name or set(name) & set("=,/ "):
-            raise ValueError(
-                f"`reward_funcs` has the objective {name!r}: a name is a non-empty string without "
-                "'=', ',', '/' or a space"
-            )
+        check_objective_name("`reward_funcs`", name)
         if isinstance(func, str) or hasattr(func, "config"):
             loaded[name] = ClassifierReward(func)
         elif callable(func):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -112,3 +113,51 @@ def test_a_broken_adapter_is_refused(tmp_path, base_model):
     (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "base_model": None}))
     with pytest.raises(ValueError, match="names no base_model"):
         load_value_models([str(tmp_path / "a")], torch.float32)
+
+
+def test_an_adapter_of_the_hub_is_one(tmp_path, base_model, monkeypatch):
+    """From the cache, as a server without a network reads it."""
+    expected = save_adapter(tmp_path / "local", base_model, ["a"], 1, r=4)
+    cache, commit = tmp_path / "hub", "0" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    repo = cache / "models--org--adapter"
+    shutil.copytree(tmp_path / "local", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    whole = cache / "models--org--whole"
+    expected.save_pretrained(whole / "snapshots" / commit)
+    shutil.copytree(repo / "refs", whole / "refs")
+
+    models = load_value_models(["org/adapter", "org/whole", str(tmp_path / "local")], torch.float32)
+    assert models[0].backbone is models[2].backbone is not models[1].backbone
+    ids, candidates = torch.arange(3, 9)[None], torch.tensor([[[5, 6]]])
+    last = torch.tensor([[5]])
+    torch.testing.assert_close(
+        models[1](ids, candidates=candidates, candidate_positions=last).candidate_logits,
+        expected(ids, candidates=candidates, candidate_positions=last).candidate_logits,
+    )
+    alone = load_value_models(["org/adapter"], torch.float32)[0]
+    torch.testing.assert_close(alone(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
+
+    (repo / "snapshots" / commit / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"'org/adapter' has no adapter_model\.safetensors"):
+        load_value_models(["org/adapter"], torch.float32)
+
+
+def test_an_adapter_that_is_not_finite_is_refused_by_name(tmp_path, base_model):
+    save_adapter(tmp_path, base_model, ["a"], 1)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(key for key in weights if key.endswith("1.mlp.down_proj.lora_B.weight"))
+    broken = {**weights, name: weights[name].fill_diagonal_(float("nan"))}
+    save_file(broken, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"1\.mlp\.down_proj\.lora_B\.default\.weight hold NaN"):
+        load_value_models([str(tmp_path)], torch.float32)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e300}))
+    save_file(
+        {**weights, name: torch.ones_like(weights[name])}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(
+        ValueError, match=r"q_proj.*, scaled by its lora_alpha, are not finite in torch\.float32"
+    ):
+        load_value_models([str(tmp_path)], torch.float32)

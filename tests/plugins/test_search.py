@@ -386,8 +386,8 @@ def test_a_reward_function_must_return_a_finite_number_each(value_model):
     [
         ({"num_beams": 0}, "num_beams must be an integer of at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1"),
-        ({"beta": -1.0}, "beta must not be negative"),
-        ({"top_k": 0}, "top_k must be an integer of at least 1"),
+        ({"beta": -1.0}, "beta must be a number from 0 to"),
+        ({"top_k": 0}, "top_k must be an integer from 1 to"),
         ({"weights": {"bitter": 1}}, "weights: unknown objective 'bitter'"),
         ({"value_models": []}, "value_models is empty"),
     ],

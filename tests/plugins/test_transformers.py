@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import EOS, make_tokenizer, make_value_model
 from tests.plugins.test_engine import VOCAB, full_forward, make_model, plain
 from tests.reference import Reference
+from trimtab.plugins import MAVISValueModel
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [33, 34, 35, 36]]
@@ -131,6 +132,15 @@ def test_several_models_and_a_kl_budget(tmp_path, base, base_model, value_model)
     tilt = torch.tensor([full[c] for c in candidates.tolist()]).log() - log_ref
     ratio = p.log() - log_ref
     assert torch.corrcoef(torch.stack((tilt, ratio)))[0, 1] > 0.9999
+
+
+def test_one_value_model_need_not_be_in_a_list(value_model):
+    ids, scores = torch.tensor([[5, 6, 7]]), torch.randn(1, 96)
+    outcomes = [
+        MAVISLogitsProcessor(models, weights={"sweet": 1.0})(ids, scores)
+        for models in ([str(value_model)], str(value_model), MAVISValueModel.load(str(value_model)))
+    ]
+    assert outcomes[0].equal(outcomes[1]) and outcomes[0].equal(outcomes[2])
 
 
 MODEL = make_model("llama", ("sweet", "sour"))
@@ -262,8 +272,11 @@ def test_right_padding_is_refused(processor):
     ("options", "message"),
     [
         ({"weights": {"bitter": 1}}, "weights: unknown objective 'bitter'"),
-        ({"weights": {"sweet": 1}, "beta": -1.0}, "beta must not be negative"),
-        ({"weights": {"sweet": 1}, "top_k": 0}, "top_k must be an integer of at least 1"),
+        ({"weights": {"sweet": 1}, "beta": -1.0}, "beta must be a number from 0 to"),
+        ({"weights": {"sweet": 1}, "beta": 1e300}, "beta must be a number from 0 to"),
+        ({"weights": {"sweet": 1e300}}, r"weights\['sweet'\] must be a number from"),
+        ({"weights": {"sweet": 5.0}, "beta": 1e6}, "beta times the sum of"),
+        ({"weights": {"sweet": 1}, "top_k": 0}, "top_k must be an integer from 1 to"),
         ({"weights": [1.0]}, "weights has 1 numbers for 2 objectives"),
     ],
 )

@@ -99,9 +99,55 @@ def test_another_model_type_is_refused(base_model):
         MAVISValueModel.load(str(base_model))
 
 
-def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_config(str(tmp_path / "nothing"))
+@pytest.mark.parametrize(
+    "path",
+    ["./valu_model", "{folder}/nothing", "artifacts/x", "valu_model", "~/x", "a\0b", "a" * 9999],
+)
+def test_a_mistyped_folder_is_said_to_be_missing(tmp_path, path):
+    with pytest.raises(ValueError, match="there is no such folder") as caught:
+        load_config(path.replace("{folder}", str(tmp_path)))
+    message = str(caught.value)
+    assert message.startswith("value model '") and len(message) < 400
+    assert "connect to" not in message and "huggingface.co" not in message
+
+
+def test_a_folder_without_a_config_is_named(tmp_path):
+    for text in (None, "{", "[1]", "\0"):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"the folder has no config\.json that can be read"):
+            load_config(str(tmp_path))
+
+
+def test_a_config_that_is_wrong_in_its_file_is_refused_with_the_folder(copied):
+    config = json.loads((copied / "config.json").read_text())
+    for wrong in ({"objectives": ["", "b"]}, {"backbone_config": {"model_type": "none"}}):
+        (copied / "config.json").write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(ValueError, match="copy': its config is wrong"):
+            load_config(str(copied))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(copied, broken):
+    from safetensors.torch import load_file, save_file
+
+    name = "backbone.layers.1.mlp.down_proj.weight"
+    weights = load_file(copied / "model.safetensors")
+    weights[name][3, 5] = broken
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"the weights {name} hold NaN or infinity in float32"):
+        MAVISValueModel.load(str(copied))
+
+
+def test_weights_beyond_the_dtype_that_serves_them_are_refused(copied):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copied / "model.safetensors")
+    weights["head.weight"][0, 0] = 1e5
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    MAVISValueModel.load(str(copied), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"the weights head\.weight hold .*in float16"):
+        MAVISValueModel.load(str(copied), dtype=torch.float16)
 
 
 def test_pickled_weights_are_refused(copied):
@@ -145,9 +191,22 @@ def test_weights_of_another_shape_are_refused(copied):
     [
         ({"objectives": []}, "at least one"),
         ({"objectives": ["a", "a"]}, "distinct"),
-        ({"objectives": ["a"], "reward_std": [0.0]}, "reward_std must be positive"),
-        ({"objectives": ["a"], "reward_mean": [0.0, 1.0]}, "reward_mean has 2 entries for 1"),
+        ({"objectives": "abc"}, "objectives must be a list of names"),
+        ({"objectives": ["a", 1]}, "the value model has the objective 1"),
+        ({"objectives": ["a", ""]}, "the value model has the objective ''"),
+        ({"objectives": ["a=b,c"]}, "the value model has the objective 'a=b,c'"),
+        ({"objectives": ["a"], "reward_std": [0.0]}, r"reward_std\[0\] must be a number from 1"),
+        ({"objectives": ["a"], "reward_std": [float("nan")]}, r"reward_std\[0\] must be a number"),
+        ({"objectives": ["a"], "reward_std": [1e-300]}, r"reward_std\[0\] must be a number"),
+        ({"objectives": ["a"], "reward_std": ["1"]}, r"reward_std\[0\] must be a number"),
+        ({"objectives": ["a"], "reward_mean": [1e39]}, r"reward_mean\[0\] must be a number"),
+        (
+            {"objectives": ["a"], "reward_mean": [0.0, 1.0]},
+            "reward_mean must be a list of a number",
+        ),
         ({"objectives": ["a"], "head_type": "magic"}, "head_type must be one of"),
+        ({"objectives": ["a"], "top_k": "40"}, "top_k must be an integer"),
+        ({"objectives": ["a"], "backbone_config": [1]}, "backbone_config must be"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(fields, message):
@@ -255,12 +314,13 @@ def test_an_action_model_comes_back_whole(action_model, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("action_rank", 0, "action_rank must be at least 1"),
-        ("candidate_range", [1.0], "candidate_range must be"),
-        ("candidate_range", [1.0, -1.0], "candidate_range must be"),
-        ("candidate_scale", [1.0], "candidate_scale must be"),
-        ("candidate_scale", [1.0, 1.5], "candidate_scale must be"),
-        ("candidate_scale", [1.0, float("nan")], "candidate_scale must be"),
+        ("action_rank", 0, "action_rank must be an integer from 1"),
+        ("candidate_range", [1.0], "candidate_range must be a list"),
+        ("candidate_range", [1.0, -1.0], r"candidate_range\[1\] must be"),
+        ("candidate_range", [float("inf"), 1.0], r"candidate_range\[0\] must be"),
+        ("candidate_scale", [1.0], "candidate_scale must be a list"),
+        ("candidate_scale", [1.0, 1.5], r"candidate_scale\[1\] must be a number from 0 to 1"),
+        ("candidate_scale", [1.0, float("nan")], r"candidate_scale\[1\] must be"),
     ],
 )
 def test_wrong_head_fields_are_refused(field, value, message):

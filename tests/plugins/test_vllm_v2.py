@@ -91,7 +91,7 @@ def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, val
     assert "Using V2 Model Runner" in log
     result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))
     tokens, refusal = json.loads(result.removeprefix("RESULT "))
-    assert refusal.startswith("mavis_beta must not be negative")
+    assert refusal.startswith("mavis_beta must be a number from 0 to")
     reference = Reference(base_model, [value_model])
     for (prompt, weights, length), got in zip(jobs, tokens):
         top_k = 8 if any(weights) else 1
