@@ -156,8 +156,8 @@ class ValueEngine:
         self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
         self._clock = 0
         self._forget()
-        for family, probe in enumerate(probes):
-            self._check(family, probe)
+        for number, probe in enumerate(probes):
+            self._check(number, probe)
 
     @torch.inference_mode()
     def _check(self, family: int, probe: Probe) -> None:

@@ -154,7 +154,8 @@ def guide(
 
     Args:
         log_probs: `[batch, k]`, `log pi_ref` over the candidates.
-        values: `[batch, k, objectives]`, `Q_i(s, a)`.
+        values: `[batch, k, objectives]`, `Q_i(s, a)`; a row with one that is not finite is not
+            guided.
         weights: `[batch, objectives]`.
         beta: `[batch]`.
         kl_budget: `[batch]`, nats per step, `inf` for no limit; None if no row has one.
@@ -165,6 +166,8 @@ def guide(
         `[batch, k]`, normalised, before the temperature.
     """
     scores = torch.einsum("bko,bo->bk", values, weights)
+    # A network that overflows in half precision has nothing to say at this prefix.
+    scores = torch.where(scores.isfinite().all(-1, keepdim=True), scores, 0.0)
     if kl_budget is not None:
         divisor = torch.ones_like(beta) if temperature is None else temperature
         tempered = torch.log_softmax(log_probs / divisor[:, None], dim=-1)

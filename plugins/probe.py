@@ -119,4 +119,6 @@ def check_servable(model: MAVISValueModel, max_length: int) -> None:
     """
     from .engine import ValueEngine
 
-    ValueEngine([copy.deepcopy(model)], num_slots=1, max_length=max_length)
+    with refused(model.config.text_config):
+        model = copy.deepcopy(model)
+    ValueEngine([model], num_slots=1, max_length=max_length)

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from .adapters import load_value_models
 from .engine import GIB, ValueEngine
 from .guide import Guide
-from .params import GuidanceParams, parse_weights
+from .params import GuidanceParams, check_number, parse_weights
 from .value_model import MAVISValueModel, tokenizer_fingerprint
 
 
@@ -88,7 +88,8 @@ class MAVISLogitsProcessor(LogitsProcessor):
         self._prompts: torch.Tensor | None = None  # that the mask was first seen with
         self._rerank, self._prune_eps = rerank, prune_eps
         self._dtype = dtype
-        self._kv_cache_memory = int(kv_cache_memory_gib * GIB)
+        memory = check_number("kv_cache_memory_gib", kv_cache_memory_gib, 1e-6, 1e6)
+        self._kv_cache_memory = int(memory * GIB)
         self._guide: Guide | None = None
         self._forget()
 

@@ -201,3 +201,14 @@ def test_what_is_not_counted_cannot_exceed_eps(logits, reach, eps, random):
 def test_at_eps_zero_only_impossible_candidates_are_left_out():
     log_probs = torch.tensor([[-1e-6, -90.0, -math.inf, -math.inf], [0.0, *[-math.inf] * 3]])
     assert count_likely(log_probs, torch.zeros(2), 0.0).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("budget", [None, torch.tensor([0.1, 0.1])])
+def test_a_row_whose_values_are_not_finite_is_not_guided(broken, budget):
+    log_probs = torch.randn(2, 5).log_softmax(-1)
+    values, one = torch.randn(2, 5, 1), torch.ones(2, 1)
+    values[0, 3] = broken
+    policy = guide(log_probs, values, one, torch.tensor([2.0, 2.0]), budget)
+    torch.testing.assert_close(policy[0], log_probs[0])
+    assert policy.isfinite().all() and not policy[1].allclose(log_probs[1])
