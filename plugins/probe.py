@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .attention import ATTENTION, BLOCK_SIZE
+from .attention import ATTENTION, BLOCK_SIZE, TAKEN
 from .value_model import MAVISValueModel
 
 CANDIDATES = 2
@@ -88,8 +88,11 @@ class refused:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception):
+            why = str(error)
+            if why == TAKEN:
+                why = "its layers do not pass on what the engine tells its attention"
             raise ValueError(
-                f"a backbone of type {self.config.model_type!r} is not supported: {error}; {REMEDY}"
+                f"a backbone of type {self.config.model_type!r} is not supported: {why}; {REMEDY}"
             ) from error
 
 

@@ -75,17 +75,17 @@ def client(smollm2, quality, tmp_path_factory):
     config = {"value_models": {"taste": str(quality)}, "beta": BETA, "top_k": TOP_K}
     server, port = start(smollm2, config, log)
     try:
-        for _ in range(300):
+        while True:  # pytest's own limit catches a hang
             assert server.poll() is None, log.read_text()[-4000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except OSError:
                 time.sleep(1)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=1800)
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        server.wait()
 
 
 def ask(client, weights: str | None = None, **options):
@@ -234,7 +234,7 @@ def test_a_server_with_an_unknown_key_does_not_start(smollm2, quality, tmp_path)
     log = tmp_path / "vllm.log"
     server, _ = start(smollm2, {"value_models": [str(quality)], "betta": 2}, log)
     try:
-        assert server.wait(timeout=240) != 0
+        assert server.wait() != 0
     finally:
         server.kill()
     assert "unknown key 'betta' in the mavis config; known:" in log.read_text()

@@ -84,7 +84,6 @@ def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, val
         env=env,
         capture_output=True,
         text=True,
-        timeout=600,
     )
     log = run.stdout + run.stderr
     assert run.returncode == 0, log[-4000:]
