@@ -5,6 +5,8 @@ Checkpoints, resuming, logging, distribution and the hub are those of [`~transfo
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.utils import logging
 
 from trimtab.plugins.value_model import (
     MAVISValueModel,
@@ -26,6 +29,7 @@ from trimtab.plugins.value_model import (
 
 from .candidates import RANGE_SEQUENCES, add_candidates, read_candidates
 from .distillation_config import MAVISDistillationConfig
+from .fingerprints import digest_of, state_fingerprint
 from .mavis_trainer import (
     ValueModelTrainer,
     check_tree_attention,
@@ -38,6 +42,9 @@ from .mavis_trainer import (
 )
 from .packing import TreeDataset
 from .rollouts import Tree, read_rollouts
+from .run_state import trees_fingerprint
+
+logger = logging.get_logger(__name__)
 
 
 class MAVISDistillationTrainer(ValueModelTrainer):
@@ -164,6 +171,8 @@ class MAVISDistillationTrainer(ValueModelTrainer):
         )
         self.eos_token_ids = end_tokens(base_model, processing_class)
         collator = tree_collator(student, self.eos_token_ids)
+        self.args = args  # before `Trainer` sets it: the rollouts are checked by the base model
+        self._data: dict[str, Any] = {}  # fingerprints of the rollouts
         self._added_candidates = False
 
         super().__init__(
@@ -211,6 +220,7 @@ class MAVISDistillationTrainer(ValueModelTrainer):
     def _pack(self, name: str, rollouts: Any, args: MAVISDistillationConfig) -> TreeDataset:
         trees = rollouts
         if isinstance(rollouts, (str, Path)):
+            self._check_rollouts(name, Path(rollouts))
             trees = read_rollouts(rollouts)
         if not trees or not all(isinstance(tree, Tree) for tree in trees):
             raise ValueError(
@@ -218,10 +228,29 @@ class MAVISDistillationTrainer(ValueModelTrainer):
                 "MAVISTrainer stored them (`rollout_dir` and in it 'train' or 'eval'), or a list "
                 "of trees"
             )
-        nothing = np.zeros(0)  # no rewards are needed
+        trees = [dataclasses.replace(tree, rewards={}) for tree in trees]  # they are not needed
+        self._data[f"{name} rollouts"] = trees_fingerprint(trees)
+        nothing = np.zeros(0)
         return TreeDataset(
             trees, [], nothing, nothing, args.max_length, args.leaf_fraction, args.seed
         )
+
+    def _check_rollouts(self, name: str, folder: Path) -> None:
+        """Refuses rollouts of another tokenizer, warns of those of another base model."""
+        path = folder / "rollouts.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        vocabulary = self.value_config.tokenizer_fingerprint
+        if found.get("tokenizer_fingerprint", vocabulary) != vocabulary:
+            raise ValueError(
+                f"`{name}_dataset` {str(folder)!r} holds rollouts of {found.get('base_model')!r}, "
+                f"whose tokenizer is not that of {self.base_model!r}; sample them from this model"
+            )
+        if found.get("base_model_weights", self._base_weights) != self._base_weights:
+            logger.warning(
+                f"`{name}_dataset` {str(folder)!r} holds rollouts of {found.get('base_model')!r}, "
+                f"whose weights are not those of {self.base_model!r}: the student learns where "
+                "that model goes, not this one"
+            )
 
     def add_candidates(self) -> None:
         """
@@ -249,13 +278,27 @@ class MAVISDistillationTrainer(ValueModelTrainer):
                 )
         self._added_candidates = True
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """
-        Finds the candidates, trains on them and measures the student's `candidate_range`. Arguments
-        are those of [`~transformers.Trainer.train`].
+        Finds the candidates, trains on them and measures the student's `candidate_range`.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                If `True`, goes on with the last complete checkpoint; or the path of one. It must
+                have been made from the same rollouts, teachers and arguments.
+            args, kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
         """
         self.add_candidates()
-        output = super().train(*args, **kwargs)
+        teachers = [
+            f"{state_fingerprint(teacher)} {digest_of(teacher.config.candidate_scale)}"
+            for teacher in self.teachers
+        ]
+        self._inputs = {**self._begin_run(), **self._data, "teachers": teachers}
+        output = self._train_once(0, resume_from_checkpoint, *args, **kwargs)
+        self._run.finish(0, {}, self.is_world_process_zero())
         set_candidate_range(self, self.train_dataset.sequences[:RANGE_SEQUENCES])
         return output
 

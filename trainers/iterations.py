@@ -25,10 +25,14 @@ from .rollouts import Tree
 def guidance_fingerprint(folder: str | Path) -> str:
     """Tells the policies of a value model from another's: a hash of its weights and its scale."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{str(folder)!r} has no weights")
+    for path in paths:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    digest.update(json.dumps(load_config(str(folder)).candidate_scale).encode())
+    if (Path(folder) / "config.json").exists():  # an adapter to train on has none
+        digest.update(json.dumps(load_config(str(folder)).candidate_scale).encode())
     return digest.hexdigest()[:16]
 
 

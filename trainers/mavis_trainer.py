@@ -7,9 +7,12 @@ resuming, logging, distribution and the hub are those of [`~transformers.Trainer
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -29,7 +32,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from trimtab.plugins.value_model import (
@@ -47,11 +50,22 @@ from .candidates import (
     advantage_slopes,
     candidate_differences,
 )
+from .fingerprints import identify, state_fingerprint, weights_fingerprint
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
 from .rewards import RewardFunc, load_reward_funcs, reward_statistics
-from .rollouts import Tree, TreeConfig, collect_rollouts, read_rollouts
+from .rollouts import Tree, TreeConfig, collect_rollouts, read_rollouts, switch_policy
+from .run_state import (
+    INPUTS,
+    RunState,
+    arguments_of,
+    checkpoint_problem,
+    checkpoints,
+    differences,
+    trees_fingerprint,
+    write_json,
+)
 from .samplers import Sampler, ServerSampler, TransformersSampler, VLLMSampler
 
 if TYPE_CHECKING:
@@ -75,7 +89,106 @@ class ValueModelTrainer(Trainer):
     eval_dataset: Any
 
     value_config: Any  # of the model that is trained
+    base_model: str
     _metrics: dict[str, Any]  # by mode
+    _run: RunState
+    _inputs: dict[str, Any]  # what the training that runs is made from
+    _trainings = 0  # that this trainer has begun
+
+    @functools.cached_property
+    def _base_weights(self) -> str:
+        return weights_fingerprint(self.base_model, self.args.model_init_kwargs)
+
+    @functools.cached_property
+    def _first_weights(self) -> str:
+        """Of the model as it was given, or made from the base model."""
+        return state_fingerprint(self.model)
+
+    def _begin_run(self) -> dict[str, Any]:
+        """What all iterations of this call of `train` are made from."""
+        start = self._first_weights
+        if self._trainings:
+            start = f"{start}, trained {self._trainings} times before"
+        self._run = RunState.read(self.args.output_dir)
+        self.accelerator.wait_for_everyone()  # before one of the processes writes it
+        self._trainings += 1
+        inputs: dict[str, Any] = {
+            "arguments": arguments_of(self.args),
+            "base model": self._base_weights,
+            "start": start,
+        }
+        for adapter in getattr(self.model, "peft_config", {}).values():
+            fields = json.loads(json.dumps(adapter.to_dict(), default=sorted_text))
+            for name in ("base_model_name_or_path", "auto_mapping", "peft_version"):
+                fields.pop(name, None)  # the same weights may be elsewhere
+            inputs["adapter"] = fields
+        return inputs
+
+    def _train_once(
+        self, iteration: int, resume: str | bool | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trains as [`~transformers.Trainer`] does; what it resumes had the same inputs."""
+        before = self._run.entry(iteration)
+        changed = self._changed(before["inputs"]) if before else []
+        checkpoint = None
+        if resume and changed:
+            self._refuse_to_resume(changed)
+        if resume and (before or not self._run.iterations):
+            checkpoint = self._checkpoint(resume, known=before is not None)
+        if changed:
+            logger.warning(
+                f"{self.args.output_dir!r} holds an earlier run, and {'; '.join(changed)}: what "
+                "that run trained is not used, and is replaced"
+            )
+        self._run.begin(iteration, self._inputs, self.is_world_process_zero())
+        return Trainer.train(self, checkpoint, *args, **kwargs)
+
+    def _changed(self, inputs: Mapping[str, Any]) -> list[str]:
+        fields = dataclasses.fields(self.args)
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        return differences(inputs, self._inputs, defaults)
+
+    def _refuse_to_resume(self, changed: Sequence[str]) -> None:
+        raise ValueError(
+            f"what {self.args.output_dir!r} holds cannot be resumed: {'; '.join(changed)}. Give "
+            "what it was made with, or another `output_dir`; without `resume_from_checkpoint` it "
+            "is trained anew, from the rollouts that are there"
+        )
+
+    def _checkpoint(self, resume: str | bool, known: bool) -> str | None:
+        """
+        The checkpoint to go on with: the one given, or the last complete one of the same inputs.
+        `known` says that this run has begun before, so that others are left by an earlier one.
+        """
+        run_dir, given = self._get_output_dir(None), isinstance(resume, str)
+        others: list[str] = []
+        for folder in [Path(resume)] if isinstance(resume, str) else checkpoints(Path(run_dir)):
+            problem = checkpoint_problem(folder, not self.args.save_only_model)
+            if problem and given:
+                raise ValueError(
+                    f"the checkpoint {resume!r} is not complete, {problem}; give another one, or "
+                    "`resume_from_checkpoint=True`, which takes the last complete one"
+                )
+            stamp = folder / INPUTS
+            changed = ["it does not say what it was made from"]
+            if stamp.exists() and not problem:
+                changed = self._changed(json.loads(stamp.read_text()))
+            elif given:
+                logger.warning(
+                    f"{resume!r} does not say what it was made from: whether it belongs to these "
+                    "rollouts and arguments cannot be checked"
+                )
+                changed = []
+            if not problem and not changed:
+                return str(folder)
+            if not problem and (given or not known):
+                others = others or changed
+            else:
+                logger.warning(f"{str(folder)!r} is skipped: {problem or '; '.join(changed)}")
+        if others:
+            self._refuse_to_resume(others)
+        logger.warning(f"no checkpoint in {run_dir!r} yet: training begins")
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -88,7 +201,9 @@ class ValueModelTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super()._save(str(folder), state_dict=state_dict)
-        else:
+            if self.args.should_save:
+                write_json(folder / INPUTS, self._inputs)
+        elif self.args.should_save:  # transformers 5.23 calls this in every process
             self._save_value_model(folder, state_dict)
 
     def _save_value_model(self, folder: Path, state_dict: dict | None) -> None:
@@ -251,9 +366,10 @@ class MAVISTrainer(ValueModelTrainer):
             seed=args.seed,
         )
         self._sampler: Any = None
-        self._collected = False
+        self._base_trees: dict[str, list[Tree]] = {}  # by dataset, once they are collected
         self._iteration = 0
         self._trees: list[Tree] = []  # of all iterations so far
+        self._rewards: dict[str, str] = {}  # fingerprints of the reward functions
         self._scale_sequences: list[dict[str, Any]] = []
         self._history = PolicyHistory(args.beta)
         if args.num_iterations > 1 and optimizers != (None, None):
@@ -425,8 +541,13 @@ class MAVISTrainer(ValueModelTrainer):
         identity = {
             "base_model": self.base_model,
             "base_model_fingerprint": self.value_config.base_model_fingerprint,
+            "base_model_weights": self._base_weights,
             "tokenizer_fingerprint": self.value_config.tokenizer_fingerprint,
+            "eos_token_ids": sorted(self.eos_token_ids),
             "sampler": "vllm" if args.use_vllm or args.vllm_server_base_url else "transformers",
+            "precision": precision_of(
+                args.vllm_init_kwargs if args.use_vllm else args.model_init_kwargs
+            ),
         }
         reward_funcs, make_sampler = self.reward_funcs, self._make_sampler
         if objective is not None:
@@ -438,6 +559,9 @@ class MAVISTrainer(ValueModelTrainer):
                 "value_model": guidance_fingerprint(self._value_model(self._iteration - 1)),
             }
             reward_funcs = {objective: self.reward_funcs[objective]}
+            if args.rollout_dir is None and self.is_world_process_zero():
+                switch_policy(folder / name, identity["value_model"])
+            self.accelerator.wait_for_everyone()
             make_sampler = lambda: functools.partial(self._make_sampler(), weights=weights)  # noqa: E731
         collect_rollouts(
             folder / name,
@@ -457,6 +581,7 @@ class MAVISTrainer(ValueModelTrainer):
             batch_size=args.rollout_batch_size,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
+            reward_ids=self._rewards,
         )
         self.accelerator.wait_for_everyone()
         return read_rollouts(folder / name)
@@ -468,8 +593,10 @@ class MAVISTrainer(ValueModelTrainer):
 
         [`~MAVISTrainer.train`] and [`~MAVISTrainer.evaluate`] call it; a second call does nothing.
         """
-        if self._collected:
+        if self._base_trees:
             return
+        # Asked once: what a function keeps from its calls is no part of it.
+        self._rewards = {name: identify(func) for name, func in self.reward_funcs.items()}
         with self._sampling():
             trees = {
                 name: self._collect(name)
@@ -479,19 +606,27 @@ class MAVISTrainer(ValueModelTrainer):
         mean, std = reward_statistics(trees["train"], self.objectives)
         self.value_config.reward_mean = mean.tolist()
         self.value_config.reward_std = std.tolist()
-        self.value_config.candidate_scale = None  # what it came with is of other values
+        self._base_trees = trees
+        self._begin_iterations()
+        check_tree_attention(self, self.train_dataset.sequences)
+        if self.args.num_iterations > 1 and "eval" in trees:
+            self._scale_sequences = [dict(s) for s in self.eval_dataset.sequences]
+
+    def _begin_iterations(self) -> None:
+        """Everything as before the first iteration, but for the weights."""
+        config, trees = self.value_config, self._base_trees
+        self._iteration, self._trees = 0, []
+        config.candidate_scale = None  # what it came with is of other values
         training = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-        self.value_config.provenance = provenance(
+        config.provenance = provenance(
             rollouts={**vars(self.tree_config), "prompts": len(trees["train"])},
             training={name: getattr(self.args, name) for name in (*training, "leaf_fraction")},
         )
         self._pack(trees)
-        check_tree_attention(self, self.train_dataset.sequences)
-        if self.args.num_iterations > 1 and "eval" in trees:
-            self._scale_sequences = [dict(s) for s in self.eval_dataset.sequences]
+        self._history = PolicyHistory(self.args.beta)
         if "eval" in trees:
-            self._history.add({name: trees["eval"] for name in self.objectives}, mean, std)
-        self._collected = True
+            base = {name: trees["eval"] for name in self.objectives}
+            self._history.add(base, config.reward_mean, config.reward_std)
 
     def _collect_from_policy(self) -> None:
         """Measures the policy of the last iteration, and samples from it for the next one."""
@@ -559,34 +694,40 @@ class MAVISTrainer(ValueModelTrainer):
             args, kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
         """
-        if self.args.num_iterations > 1 and isinstance(resume_from_checkpoint, str):
+        several = self.args.num_iterations > 1
+        if several and isinstance(resume_from_checkpoint, str):
             raise ValueError(
                 "`resume_from_checkpoint` must be True with several iterations: it finds the "
                 f"iteration itself; got {resume_from_checkpoint!r}"
             )
-        resume = bool(resume_from_checkpoint)
+        resume = resume_from_checkpoint
         self.collect_rollouts()
+        if self._trainings:
+            self._begin_iterations()
+        run = self._begin_run()
+        warmup_steps = self.args.warmup_steps
         output = None
-        for iteration in range(self.args.num_iterations):
-            run_dir = Path(self._get_output_dir(None))
-            if iteration:
-                # A schedule of its own, without warm-up: the values are near already.
-                self.optimizer = self.lr_scheduler = None
-                self.model_wrapped = self.model
-                self.args.warmup_steps = 0
-            if resume and self._value_model(iteration).exists():
-                if not self._value_model(iteration + 1).exists():
+        try:
+            for iteration in range(self.args.num_iterations):
+                if several:
+                    self.optimizer = self.lr_scheduler = None
+                    self.model_wrapped = self.model
+                if iteration:
+                    # A schedule of its own, without warm-up: the values are near already.
+                    self.args.warmup_steps = 0
+                    run["start"] = self._run.iterations[iteration - 1]["weights"]["value_model"]
+                self._inputs = {**run, **self._data()}
+                if resume and self._is_finished(iteration):
                     self._load_from_checkpoint(str(self._weights(iteration)))
-            else:
-                if resume and not isinstance(resume_from_checkpoint, str):
-                    resume_from_checkpoint = run_dir.is_dir() and get_last_checkpoint(str(run_dir))
-                    if not resume_from_checkpoint:
-                        logger.warning(f"no checkpoint in {str(run_dir)!r} yet: training begins")
-                output = super().train(resume_from_checkpoint or None, *args, **kwargs)
-                resume_from_checkpoint = resume = False
-            if self.args.num_iterations > 1:
-                self._save_iteration()
-                self._collect_from_policy()
+                else:
+                    output = self._train_once(iteration, resume, *args, **kwargs)
+                    resume = False
+                    weights = self._save_iteration() if several else {}
+                    self._run.finish(iteration, weights, self.is_world_process_zero())
+                if several:
+                    self._collect_from_policy()
+        finally:
+            self.args.warmup_steps = warmup_steps
         if self._history.policies[1:]:
             best = self._history.best()
             logger.info(f"the policies of iteration {best} are the best")
@@ -601,6 +742,32 @@ class MAVISTrainer(ValueModelTrainer):
             }
         self._measure_candidate_range()
         return output
+
+    def _data(self) -> dict[str, Any]:
+        """What the iteration learns from, of [`RunState`]'s inputs."""
+        data = {"rollouts": trees_fingerprint(self._trees)}
+        if "eval" in self._base_trees:
+            data["eval rollouts"] = trees_fingerprint(self._base_trees["eval"])
+        return data
+
+    def _is_finished(self, iteration: int) -> bool:
+        """Whether an earlier run has finished the iteration from the same inputs."""
+        entry = self._run.entry(iteration)
+        if entry is None or not entry["finished"]:
+            return False
+        if changed := self._changed(entry["inputs"]):
+            self._refuse_to_resume(changed)
+        try:
+            if self._saved_weights(iteration) == entry["weights"]:
+                return True
+            problem = "it was changed"
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        logger.warning(
+            f"{str(self._value_model(iteration))!r} is skipped, {problem}: the iteration is "
+            "trained again"
+        )
+        return False
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the checkpoints go."""
@@ -619,21 +786,27 @@ class MAVISTrainer(ValueModelTrainer):
         folder = self._value_model(iteration)
         return folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-final") if merged else folder
 
-    def _save_iteration(self) -> None:
-        """Saves what the iteration has ended with, whole or not at all."""
-        folder = self._value_model(self._iteration)
-        if folder.exists():
-            return
+    def _saved_weights(self, iteration: int) -> dict[str, str]:
+        """Fingerprints of what an iteration has saved, for [`RunState`]."""
+        folders = {self._value_model(iteration), self._weights(iteration)}
+        return {folder.name: guidance_fingerprint(folder) for folder in folders}
+
+    def _save_iteration(self) -> dict[str, str]:
+        """Saves what the iteration has ended with, each folder whole or not at all."""
         if self._scale_sequences:
             self._measure_candidate_scale()
-        if self._weights(self._iteration) != folder:
-            self.save_model(str(self._weights(self._iteration)), _internal_call=True)
-        partial = folder.with_name(f"{folder.name}.partial")
-        self.save_model(str(partial), _internal_call=True)
+        for folder in {self._value_model(self._iteration), self._weights(self._iteration)}:
+            partial = folder.with_name(f"{folder.name}.partial")
+            if self.is_world_process_zero():
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(partial), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            partial.rename(folder)
-        self.accelerator.wait_for_everyone()
+        return self._saved_weights(self._iteration)
 
     def _measure_candidate_scale(self) -> None:
         """Sets the scale with which values guide, from the base model's `eval_dataset` rollouts."""
@@ -851,6 +1024,18 @@ def explained_variance(moments: torch.Tensor) -> float:
     count, total, squares, error = moments.tolist()
     variance = squares - total**2 / count if count else 0.0
     return 1.0 - error / variance if variance > 0 else float("nan")
+
+
+def sorted_text(value: Any) -> Any:
+    """Of what JSON has no form for: a set in order, anything else as text."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def precision_of(kwargs: Mapping[str, Any] | None) -> dict[str, str]:
+    """Those arguments of a model that change what it computes."""
+    names = ("dtype", "torch_dtype", "quantization", "quantization_config", "revision",
+             "subfolder", "hf_overrides", "kv_cache_dtype")  # fmt: skip
+    return {name: str(kwargs[name]) for name in names if kwargs and name in kwargs}
 
 
 def end_tokens(base_model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -6,8 +6,6 @@ classifier. Every failure names the function and the prompt.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,10 +15,16 @@ from transformers.utils import logging
 
 from trimtab.plugins.params import check_objective_name
 
+from .fingerprints import digest_of, identify
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .rollouts import Tree
+
+__all__ = [
+    "ClassifierReward", "compute_rewards", "identify", "load_reward_funcs", "reward_statistics",
+]  # fmt: skip
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +55,11 @@ class ClassifierReward:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.batch_size = batch_size
+
+    @property
+    def version(self) -> str:
+        """The model's weights and its tokenizer: all that [`identify`] has to know."""
+        return digest_of((self.model, self.tokenizer))
 
     def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
         import torch
@@ -106,18 +115,6 @@ def load_reward_funcs(reward_funcs: Mapping[str, Any]) -> dict[str, RewardFunc]:
                 f"reward function {name!r} must be a callable or a model id, got {func!r}"
             )
     return loaded
-
-
-def identify(func: RewardFunc) -> str:
-    """Tells stored rewards from those of another function: by its model, or name and source."""
-    if isinstance(func, ClassifierReward):
-        return func.name
-    named: Any = func if hasattr(func, "__qualname__") else type(func)
-    try:
-        source = inspect.getsource(named)
-    except (OSError, TypeError):  # typed at a prompt, or built in
-        source = ""
-    return f"{named.__qualname__}:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
 
 def compute_rewards(

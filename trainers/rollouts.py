@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .rewards import RewardFunc, compute_rewards, identify
+from .fingerprints import Unknown, columns_read, digest_of, identify
+from .rewards import RewardFunc, compute_rewards
 from .samplers import Sampler
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files; 1 did not tell base models by their weights
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,10 @@ def write_trees(path: Path, trees: Sequence[Tree], reward_ids: Mapping[str, str]
         columns[f"reward/{name}"] = np.concatenate([tree.rewards[name] for tree in trees])
     table = pa.table(columns, schema=pa.schema(schema, metadata=dict(reward_ids)))
     partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
+    with partial.open("wb") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -335,6 +340,7 @@ def collect_rollouts(
     batch_size: int = 32,
     process_index: int = 0,
     num_processes: int = 1,
+    reward_ids: Mapping[str, str] | None = None,
 ) -> list[Tree]:
     """
     Samples and rewards one tree per prompt, or reads what an earlier run left and does the rest.
@@ -370,6 +376,8 @@ def collect_rollouts(
             Which of the processes that share the work this is.
         num_processes (`int`, *optional*, defaults to `1`):
             Number of processes that share the batches, and the folder.
+        reward_ids (`dict[str, str]`, *optional*):
+            [`identify`] of the reward functions, where it was asked before they were called.
 
     Returns:
         `list[Tree]`: One tree per prompt of this process, in order.
@@ -386,7 +394,9 @@ def collect_rollouts(
             "prompts": hashlib.sha256(json.dumps(list(prompt_ids)).encode()).hexdigest(),
         },
     )
-    reward_ids = {name: identify(func) for name, func in reward_funcs.items()}
+    reward_ids = reward_ids or {name: identify(func) for name, func in reward_funcs.items()}
+    read = {name: columns_read(func, columns) for name, func in reward_funcs.items()}
+    decoder = digest_of(tokenizer)
     sampler = None
     collected: list[Tree] = []
     starts = list(range(0, len(prompts), batch_size))[process_index::num_processes]
@@ -397,28 +407,63 @@ def collect_rollouts(
     try:
         for rows in batches:
             path = folder / f"trees-{rows.start // batch_size:05d}.parquet"
+            trees: list[Tree] = []
             stored: dict[str, str] = {}
             if path.exists():
-                trees, stored = read_trees(path)
-            else:
+                try:
+                    trees, stored = read_trees(path)
+                except (OSError, pa.ArrowException) as error:  # a disk was full, or cut off
+                    logger.warning(f"{path} cannot be read ({error}): sampling its prompts again")
+            if not trees:
                 sampler = sampler or make_sampler()
                 trees = grow_trees(
                     sampler, [(i, prompt_ids[i]) for i in rows], config, eos_token_ids
                 )
                 write_trees(path, trees, stored)
             for name, func in reward_funcs.items():
-                if stored.get(name) == reward_ids[name]:
+                # What is read of the dataset counts as well as the function.
+                seen = {column: [columns[column][i] for i in rows] for column in read[name]}
+                scored = (decoder, [prompts[i] for i in rows], seen)
+                reward_id = f"{reward_ids[name]} {content_id(scored, name)}"
+                if stored.get(name) == reward_id:
                     continue
                 if name in stored:
                     logger.warning(f"reward function {name!r} has changed: scoring {path} again")
                 score_trees(trees, name, func, prompts, columns, tokenizer)
-                stored[name] = reward_ids[name]
+                stored[name] = reward_id
                 write_trees(path, trees, stored)
             collected += trees
             progress.update(len(rows))
     finally:
         progress.close()
     return collected
+
+
+def content_id(value: Any, name: str) -> str:
+    """A digest of what a reward function is given; unlike all others where there is none."""
+    try:
+        return digest_of(value)[:16]
+    except Unknown as error:
+        logger.warning_once(
+            f"reward function {name!r} reads {error} of the dataset, which cannot be compared with "
+            "that of another run: its stored rewards are not used again"
+        )
+        return uuid.uuid4().hex
+
+
+def switch_policy(folder: Path, value_model: str) -> None:
+    """Sets rollouts of another value model's policy aside, and takes up those of this one."""
+    path = folder / "rollouts.json"
+    if path.exists() and (found := json.loads(path.read_text())["value_model"]) != value_model:
+        aside = folder.with_name(f"{folder.name}-of-{found}")
+        logger.warning(
+            f"the rollouts in {str(folder)!r} are of the value model {found}, not of "
+            f"{value_model}: they are kept in {str(aside)!r} and are not learnt from"
+        )
+        folder.rename(aside)
+    own = folder.with_name(f"{folder.name}-of-{value_model}")
+    if own.exists() and not folder.exists():
+        own.rename(folder)
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:

@@ -1,0 +1,224 @@
+"""What a run of training was made from and how far it is: one small file in `output_dir`.
+
+`run_state.json` holds, for every iteration, what went into it, whether it is finished and the
+fingerprints of the weights that it ended with. It is written last, whole or not at all: what it
+does not say did not happen. Every checkpoint holds what went into it, too, in `run_inputs.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from .fingerprints import safetensors_header
+from .rollouts import Tree
+
+logger = logging.get_logger(__name__)
+
+FORMAT = 1
+STATE, INPUTS = "run_state.json", "run_inputs.json"
+# Arguments that a training does not depend on
+FREE = re.compile(
+    r"output_dir|rollout_dir|run_name|project|trackio_.*|report_to|disable_tqdm|log_.*|logging_.*"
+    r"|save_(?!only).*|save_only_model|eval_.*|hub_.*|push_to_hub|resume_from_checkpoint|do_.*"
+    r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor"
+    r"|multiprocessing_context)|ddp_.*|local_rank|debug|skip_memory_metrics"
+    r"|torch_empty_cache_steps|(gradient|activation)_checkpointing.*|torch_compile.*|use_cpu"
+    r"|use_cache|include_.*|prediction_loss_only|per_device_eval_batch_size|batch_eval_metrics"
+    r"|enable_jit_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint"
+    r"|full_determinism|fsdp.*|deepspeed|parallelism_config|accelerator_config|label_names"
+    r"|num_iterations|monotonic_check|rollout_batch_size|generation_batch_size|use_vllm|vllm_.*"
+)
+CHOOSING = re.compile(r"eval_.*|save_.*")  # matter where the best checkpoint is loaded at the end
+
+
+@dataclass
+class RunState:
+    """
+    State of the run in a folder.
+
+    Args:
+        folder (`Path`):
+            The run's `output_dir`.
+        iterations (`list[dict]`):
+            For every iteration that has begun: `inputs`, `finished`, and `weights`, the
+            fingerprints of what was saved.
+    """
+
+    folder: Path
+    iterations: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunState:
+        """Of the run that a folder holds; empty if there is none."""
+        path = Path(folder) / STATE
+        if not path.exists():
+            return cls(Path(folder))
+        try:
+            found = json.loads(path.read_text())
+            if found["format"] == FORMAT:
+                return cls(Path(folder), found["iterations"])
+            problem = f"has the format {found['format']}, this version reads {FORMAT}"
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"cannot be read ({error})"
+        raise ValueError(f"{str(path)!r} {problem}: give another `output_dir`, or remove that file")
+
+    def entry(self, iteration: int) -> dict[str, Any] | None:
+        """What is known of an iteration."""
+        return self.iterations[iteration] if iteration < len(self.iterations) else None
+
+    def begin(self, iteration: int, inputs: Mapping[str, Any], write: bool) -> None:
+        """Says that an iteration begins; what came after it in an earlier run is forgotten."""
+        started = {"inputs": dict(inputs), "finished": False}
+        self.iterations = [*self.iterations[:iteration], started]
+        if write:
+            self._write()
+
+    def finish(self, iteration: int, weights: Mapping[str, str], write: bool) -> None:
+        """Says that an iteration has ended, with these weights."""
+        self.iterations[iteration] |= {"finished": True, "weights": dict(weights)}
+        if write:
+            self._write()
+
+    def _write(self) -> None:
+        write_json(self.folder / STATE, {"format": FORMAT, "iterations": self.iterations})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def arguments_of(args: Any) -> dict[str, Any]:
+    """The arguments that a training depends on, ready for JSON."""
+    found = {}
+    for one in dataclasses.fields(args):
+        chooses = args.load_best_model_at_end and CHOOSING.fullmatch(one.name)
+        if chooses or not FREE.fullmatch(one.name):
+            found[one.name] = getattr(args, one.name)
+    return json.loads(json.dumps(found, default=str, sort_keys=True))
+
+
+def differences(
+    found: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[str]:
+    """
+    What has changed between two inputs, in words.
+
+    Args:
+        found (`dict[str, Any]`):
+            Inputs of an earlier run.
+        now (`dict[str, Any]`):
+            Inputs of this one.
+        defaults (`dict[str, Any]`):
+            Values of arguments that one of them does not know yet, or no more.
+    """
+    a, b = _flat(found), _flat(now)
+    known = {f"arguments/{k}": v for k, v in defaults.items()}
+    changed = []
+    for key in sorted(a.keys() | b.keys()):
+        was, is_now = a.get(key, known.get(key)), b.get(key, known.get(key))
+        if was != is_now:
+            changed.append(f"{key.removeprefix('arguments/')} was {was!r} and is {is_now!r}")
+    return changed
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key != "adapter":
+            flat |= {f"{key}/{k}": v for k, v in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def trees_fingerprint(trees: Sequence[Tree]) -> dict[str, Any]:
+    """Fingerprints of the responses and of every reward, for [`RunState`]."""
+    responses = hashlib.sha256()
+    rewards: dict[str, Any] = {}
+    for tree in trees:
+        nodes = tree.nodes
+        shape = [(n.parent, n.layer, n.leaf, len(n.tokens), len(n.kls)) for n in nodes]
+        responses.update(np.array([tree.prompt_index, len(nodes)], dtype=np.int64).tobytes())
+        responses.update(np.array(shape, dtype=np.int64).tobytes())
+        responses.update(np.array([t for n in nodes for t in n.tokens], dtype=np.int64).tobytes())
+        numbers = [x for n in nodes for x in (n.weight, *n.kls)]
+        responses.update(np.array(numbers, dtype=np.float64).tobytes())
+        for name, values in tree.rewards.items():
+            rewards.setdefault(name, hashlib.sha256()).update(values.tobytes())
+    return {
+        "responses": responses.hexdigest()[:16],
+        **{f"reward {name}": digest.hexdigest()[:16] for name, digest in sorted(rewards.items())},
+    }
+
+
+def checkpoint_problem(folder: Path, with_optimizer: bool = True) -> str | None:
+    """
+    Why a checkpoint cannot be taken up, if it cannot: a kill or a full disk cut it off.
+
+    It is complete if `trainer_state.json`, which is written last, can be read, if the weights are
+    there and every file of tensors has its whole length.
+
+    Args:
+        folder (`Path`):
+            Of a [`~transformers.Trainer`].
+        with_optimizer (`bool`, *optional*, defaults to `True`):
+            Whether the state of optimizer and schedule must be there.
+    """
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except FileNotFoundError:
+        return "it has no trainer_state.json"
+    except ValueError:
+        return "its trainer_state.json is cut off"
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        try:
+            start, header = safetensors_header(path)
+        except ValueError:
+            return f"its {path.name} is cut off"
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if path.stat().st_size < start + end:
+            return f"its {path.name} is cut off"
+    for path in (*folder.glob("*.pt"), *folder.glob("*.pth")):
+        if not zipfile.is_zipfile(path):
+            return f"its {path.name} is cut off"
+    for index in folder.glob("*.safetensors.index.json"):
+        missing = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := missing - {path.name for path in weights}:
+            return f"it has no {min(missing)}"
+    if any(path.is_dir() for path in folder.iterdir()):
+        return None  # sharded, by FSDP or DeepSpeed, in folders of their own
+    if not weights:
+        return "it has no weights"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if with_optimizer and not (folder / name).exists():
+            return f"it has no {name}"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the last first."""
+    steps = {
+        int(found[1]): path
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    return [steps[step] for step in sorted(steps, reverse=True)]
