@@ -43,7 +43,9 @@ class MAVISValueConfig(PreTrainedConfig):
         backbone_config: Configuration of the causal decoder that reads the tokens.
         objectives: Name of each output of the head, in order.
         reward_mean: Mean of each objective's reward under the base model, in the reward's unit.
-        reward_std: Standard deviation of each objective's reward under the base model, positive.
+        reward_std: What a value of 1 stands for, in the reward's unit, positive: the standard
+            deviation of each objective's reward between the base model's responses to one prompt.
+            Models whose provenance has no `reward_std` were made with that of all responses.
         head_type: `"state"`: the value of a candidate is read at the candidate's own position.
             `"action"`: the values of all candidates are read at the prefix's last position,
             `Q_i(s, a) = V_i(s) + <U_i h(s), P(e(a))>`, with `e` the backbone's token embedding
@@ -599,6 +601,9 @@ def model_card(config: MAVISValueConfig) -> str:
     served = json.dumps({"mavis": {"value_models": ["THIS_MODEL"]}})
     provenance = config.provenance or {}
     made = json.dumps(provenance, indent=2)
+    deviation = "standard deviation"
+    if "reward_std" in provenance:
+        deviation += f" {provenance['reward_std']}"
     measured = _policies_table(provenance["iterations"]) if "iterations" in provenance else ""
     return f"""---
 library_name: transformers
@@ -611,7 +616,7 @@ Predicts the reward that a partial response of `{base}` will end with, for value
 ([MAVIS](https://arxiv.org/abs/2508.13415)). Backbone: `{backbone.model_type}`,
 {backbone.num_hidden_layers} layers of width {backbone.hidden_size}; head: `{config.head_type}`.
 
-| objective | mean reward under the base model | standard deviation | scale of its values |
+| objective | mean reward under the base model | {deviation} | scale of its values |
 | --- | --- | --- | --- |
 {rows}
 {measured}
@@ -630,11 +635,17 @@ Predicts the reward that a partial response of `{base}` will end with, for value
 
 def _policies_table(iterations: dict[str, Any]) -> str:
     """What the policies of every iteration reached on held-out prompts, in Markdown."""
-    beta = iterations["beta"]
+    beta, on = iterations["beta"], "held-out prompts"
+    if "prompts" in iterations:
+        counts = iterations["prompts"]
+        on = f"{counts['reported on']} {on}, not the {counts['chosen on']} that the kept iteration "
+        on += "was chosen on"
+        if counts["reported on"] == 1:
+            on = "a single held-out prompt, that the kept iteration was chosen on, too"
     lines = [
         "",
-        f"Policies that it guides with all weight on one objective, `beta` {beta:g}, on held-out "
-        "prompts; rewards in standard deviations of the base model's, 95 % intervals:",
+        f"Policies that it guides with all weight on one objective, `beta` {beta:g}, on {on}; "
+        "rewards in the standard deviations above, 95 % intervals:",
         "",
         f"| objective | iteration | reward | KL, nats | reward - KL / {beta:g} |",
         "| --- | --- | --- | --- | --- |",

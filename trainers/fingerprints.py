@@ -219,10 +219,8 @@ def _code(func: Any) -> types.CodeType | None:
             func = func.func
         elif isinstance(func, types.MethodType):
             func = func.__func__
-        elif isinstance(func, type) or not hasattr(type(func), "__call__"):
-            return None
         else:
-            call = type(func).__call__
+            call = vars(type).get("__call__") if isinstance(func, type) else type(func).__call__
             if not isinstance(call, types.FunctionType):
                 return None
             func = call

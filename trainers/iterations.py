@@ -40,6 +40,9 @@ class PolicyHistory:
     """
     Measures of the policies of all iterations, the base model's first.
 
+    Every second prompt is held back to choose the best iteration on; the measures are those on the
+    others. A single prompt serves both.
+
     Args:
         beta (`float`):
             Of the regularised objective `reward - KL / beta`.
@@ -48,7 +51,9 @@ class PolicyHistory:
     def __init__(self, beta: float) -> None:
         self.beta = beta
         self.policies: list[dict[str, Any]] = []  # by objective
+        self.prompts = {"chosen on": 0, "reported on": 0}
         self._objectives: list[dict[str, np.ndarray]] = []  # each prompt's, of every policy
+        self._choices: list[float] = []  # mean objective on the prompts held back
 
     def add(
         self,
@@ -68,7 +73,12 @@ class PolicyHistory:
             std (`list[float]`):
                 Of every objective's reward.
         """
-        draws = prompt_draws(len(next(iter(trees.values()))))
+        count = len(next(iter(trees.values())))
+        held_back = np.arange(count) % 2 == 1
+        reported = ~held_back if count > 1 else np.ones(1, dtype=bool)
+        held_back = held_back if count > 1 else reported
+        self.prompts = {"chosen on": int(held_back.sum()), "reported on": int(reported.sum())}
+        draws = prompt_draws(int(reported.sum()))
         policy: dict[str, Any] = {}
         regularised = {}
         for (name, of_objective), m, s in zip(trees.items(), mean, std):
@@ -78,17 +88,14 @@ class PolicyHistory:
             measured = {"reward": reward, "kl": kl, "objective": regularised[name]}
             if self._objectives:
                 measured["improvement"] = regularised[name] - self._objectives[-1][name]
-            policy[name] = {k: interval(x[draws].mean(1)) for k, x in measured.items()}
+            policy[name] = {k: interval(x[reported][draws].mean(1)) for k, x in measured.items()}
         self.policies.append(policy)
         self._objectives.append(regularised)
+        self._choices.append(float(np.mean([x[held_back].mean() for x in regularised.values()])))
 
     def best(self) -> int:
-        """The iteration whose policies have the highest mean objective."""
-        return int(
-            np.argmax(
-                [np.mean([o["objective"]["value"] for o in p.values()]) for p in self.policies[1:]]
-            )
-        )
+        """The iteration whose policies have the highest mean objective on prompts held back."""
+        return int(np.argmax(self._choices[1:]))
 
     def warnings(self) -> list[str]:
         """What to say of objectives that the last iteration did not improve."""
@@ -109,7 +116,12 @@ class PolicyHistory:
 
     def to_json(self) -> dict[str, Any]:
         """All measures, each with its 95 % bootstrap interval over the prompts."""
-        return {"beta": self.beta, "policies": self.policies}
+        return {
+            "beta": self.beta,
+            "prompts": self.prompts,
+            "choice": self._choices[1:],
+            "policies": self.policies,
+        }
 
     def write(self, folder: Path) -> None:
         """Writes `iterations.json`, and `iterations.png` if matplotlib is installed."""
@@ -139,7 +151,7 @@ def plot_policies(policies: Sequence[dict[str, Any]], beta: float, path: Path) -
     labels = ["base", *map(str, range(len(policies) - 1))]
     titles = {
         "objective": f"reward - KL / {beta:g}",
-        "reward": "reward (standard deviations of the base model's)",
+        "reward": "reward (the base model's deviations within a prompt)",
         "kl": "KL to the base model (nats a response)",
     }
     for axis, (measure, title) in zip(axes, titles.items()):

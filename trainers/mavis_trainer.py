@@ -66,7 +66,13 @@ from .run_state import (
     trees_fingerprint,
     write_json,
 )
-from .samplers import Sampler, ServerSampler, TransformersSampler, VLLMSampler
+from .samplers import (
+    Sampler,
+    ServerSampler,
+    TransformersSampler,
+    VLLMSampler,
+    prompt_log_probs,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -492,7 +498,13 @@ class MAVISTrainer(ValueModelTrainer):
         value_models = [] if self._iteration == 0 else [str(self._value_model(self._iteration - 1))]
         config, ends = self.tree_config, self.eos_token_ids
         if args.vllm_server_base_url:
-            self._sampler = ServerSampler(self.base_model, args.vllm_server_base_url, config, ends)
+            self._sampler = ServerSampler(
+                self.base_model,
+                args.vllm_server_base_url,
+                config,
+                ends,
+                self._server_reference(),
+            )
         elif args.use_vllm:
             if self.accelerator.num_processes > 1:
                 raise ValueError(
@@ -524,6 +536,25 @@ class MAVISTrainer(ValueModelTrainer):
             )
         return self._sampler
 
+    def _server_reference(self) -> tuple[list[int], list[float]]:
+        """Tokens of the prompts and their log-probabilities under the base model, kept on disk."""
+        prompts = self._prompt_ids["train"]
+        longest = max(map(len, prompts)) + self.args.max_completion_length - 1  # a server takes it
+        tokens = list(chain(*prompts))[: min(256, longest)]
+        path = self._rollout_dir() / "server_reference.json"
+        made_of = {"base_model_weights": self._base_weights, "tokens": tokens}
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if {name: found.get(name) for name in made_of} != made_of:
+            model = load_base_model(self.base_model, self.args).to(self.args.device)
+            found = {**made_of, "log_probs": prompt_log_probs(model, tokens)}
+            del model
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, found)
+        return tokens, found["log_probs"]
+
+    def _rollout_dir(self) -> Path:
+        return Path(self.args.rollout_dir or Path(self.args.output_dir) / "rollouts")
+
     @contextmanager
     def _sampling(self) -> Any:
         """Closes the sampler, if one was needed."""
@@ -537,7 +568,7 @@ class MAVISTrainer(ValueModelTrainer):
     def _collect(self, name: str, objective: str | None = None) -> list[Tree]:
         """The rollouts of a dataset under the base model or the policy of one objective."""
         args, dataset = self.args, self._prompts[name]
-        folder = Path(args.rollout_dir or Path(args.output_dir) / "rollouts")
+        folder = self._rollout_dir()
         identity = {
             "base_model": self.base_model,
             "base_model_fingerprint": self.value_config.base_model_fingerprint,
@@ -621,6 +652,7 @@ class MAVISTrainer(ValueModelTrainer):
         config.provenance = provenance(
             rollouts={**vars(self.tree_config), "prompts": len(trees["train"])},
             training={name: getattr(self.args, name) for name in (*training, "leaf_fraction")},
+            reward_std="within a prompt",
         )
         self._pack(trees)
         self._history = PolicyHistory(self.args.beta)
@@ -684,13 +716,15 @@ class MAVISTrainer(ValueModelTrainer):
         """
         Collects the rollouts, trains on them and measures the model's `candidate_range`; with
         `num_iterations` above 1 again and again, and keeps the iteration whose policies have the
-        highest mean `reward - KL / beta` on the prompts of `eval_dataset`.
+        highest mean `reward - KL / beta` on every second prompt of `eval_dataset`; the measures
+        are those on the others.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                If `True`, goes on with the last checkpoint, in the iteration that it is of; if
-                there is none yet, with the rollouts that were collected. With one iteration it may
-                be the path of a checkpoint.
+                If `True`, goes on with the last complete checkpoint, in the iteration that it is
+                of; if there is none yet, with the rollouts that were collected. It must have been
+                made from the same rollouts, rewards, base model and arguments. With one iteration
+                it may be the path of a checkpoint. Without it, the model is trained anew.
             args, kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
         """

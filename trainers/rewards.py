@@ -198,10 +198,13 @@ def reward_statistics(
     trees: Sequence[Tree], objectives: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Mean and standard deviation of every objective's reward under the base model.
+    Mean of every objective's reward under the base model, and its standard deviation within a
+    prompt: between responses to one prompt, which is what guidance can choose among.
 
     A leaf counts with the probability that a single response, sampled from the root, would have
-    taken its place: however a tree branches, the mean is that of plain sampling.
+    taken its place: however a tree branches, the mean is that of plain sampling. Responses below
+    different children of the root are independent, so that half their mean squared difference is an
+    unbiased estimate of the variance, however few they are and whatever the others share.
 
     Args:
         trees (`list[Tree]`):
@@ -210,23 +213,45 @@ def reward_statistics(
             Names of the rewards.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: Mean and standard deviation, `[n_objectives]` each. The
-        standard deviation of a constant reward is given as 1, with a warning.
+        `tuple[np.ndarray, np.ndarray]`: Mean and standard deviation, `[n_objectives]` each. Where
+        the reward does not differ within prompts, or no tree has two children of its root, the
+        deviation of all responses stands in, 1 if that is none, with a warning.
     """
-    weights, rewards = [], []
+    means, squares, within = [], [], []  # of each tree, [n_objectives]
     for tree in trees:
-        leaves = tree.leaves()
-        weights.append(tree.shares()[leaves])
-        rewards.append(np.stack([tree.rewards[name][leaves] for name in objectives], axis=-1))
-    share = np.concatenate(weights)[:, None] / len(trees)
-    reward = np.concatenate(rewards)
-    mean = (share * reward).sum(0)
-    std = np.sqrt((share * (reward - mean) ** 2).sum(0))
+        leaves, shares = tree.leaves(), tree.shares()
+        reward = np.stack([tree.rewards[name][leaves] for name in objectives], axis=-1)
+        share = shares[leaves][:, None]
+        means.append((share * reward).sum(0))
+        squares.append((share * reward**2).sum(0))
+        child = np.array([tree.path(leaf)[0] for leaf in leaves])  # of the root
+        groups = [child == c for c in np.unique(child)]
+        if len(groups) > 1:
+            parts = [(share[g] / share[g].sum(), reward[g]) for g in groups]
+            m = np.stack([(w * r).sum(0) for w, r in parts])
+            q = np.stack([(w * r**2).sum(0) for w, r in parts])
+            pairs = len(m) * (len(m) - 1)
+            within.append(q.mean(0) - (m.sum(0) ** 2 - (m**2).sum(0)) / pairs)
+    mean = np.mean(means, axis=0)
+    total = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 0.0))
+    std = np.sqrt(np.maximum(np.mean(within, axis=0), 0.0)) if within else np.zeros(len(mean))
+    least = 1e-6 * np.maximum(1.0, np.abs(mean))
     for i, name in enumerate(objectives):
-        if std[i] <= 1e-6 * max(1.0, abs(mean[i])):
-            logger.warning(
-                f"reward function {name!r} returned {mean[i]:.6g} for every response: a constant "
-                "reward cannot guide"
+        if std[i] > least[i]:
+            continue
+        if total[i] <= least[i]:
+            message = f"returned {mean[i]:.6g} for every response: a constant reward cannot guide"
+        elif within:
+            message = (
+                "does not differ between the responses to one prompt: it cannot guide. Its values "
+                f"are in standard deviations of all responses, {total[i]:.6g}"
             )
-            std[i] = 1.0
+        else:
+            message = (
+                "has a single response, or one first piece, to every prompt, so that its deviation "
+                f"within prompts is not known: values are in standard deviations of all responses, "
+                f"{total[i]:.6g}. Set `root_children` to 2 or more"
+            )
+        logger.warning(f"reward function {name!r} {message}")
+        std[i] = total[i] if total[i] > least[i] else 1.0
     return mean, std

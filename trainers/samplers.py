@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessor
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.utils import logging
 
 from trimtab.plugins.adapters import load_value_models
@@ -26,8 +27,19 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# What vLLM would else take from the checkpoint's generation config or a server's defaults
+NEUTRAL: dict[str, float] = {
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 SERVER_REQUESTS = 64  # that wait at once
 SERVER_RETRIES = 5  # of a request, with growing pauses
+# Mean difference of log-probabilities, in nats, up to which a server has the base model's weights:
+# bfloat16 and other kernels differ by a few hundredths, models that were trained further by more.
+SERVER_TOLERANCE = 0.1
 
 
 @dataclass
@@ -162,8 +174,8 @@ class VLLMSampler:
             # vLLM 0.32 on a CPU fails when the prompt of a request with a seed is cut into chunks.
             "enable_chunked_prefill": False,
             "seed": config.seed,
-            "generation_config": "vllm",  # the sampling parameters are all ours
             **(init_kwargs or {}),
+            "generation_config": "vllm",  # the sampling parameters are all ours
         }
         if value_models:
             recording = f"{__package__}.recording"
@@ -194,6 +206,7 @@ class VLLMSampler:
             SamplingParams(
                 temperature=self.config.temperature,
                 top_k=self.config.top_k,
+                **NEUTRAL,
                 max_tokens=length,
                 seed=seed,
                 stop_token_ids=self.eos_token_ids,
@@ -245,10 +258,18 @@ class ServerSampler:
             Temperature and top-k.
         eos_token_ids (`set[int]`):
             Tokens that end a response.
+        reference (`tuple[list[int], list[float]]`, *optional*):
+            Tokens, and the log-probability of each but the first under the base model, see
+            [`prompt_log_probs`]. A server that gives others is refused.
     """
 
     def __init__(
-        self, model: str, base_url: str, config: TreeConfig, eos_token_ids: set[int]
+        self,
+        model: str,
+        base_url: str,
+        config: TreeConfig,
+        eos_token_ids: set[int],
+        reference: tuple[list[int], list[float]] | None = None,
     ) -> None:
         try:
             from openai import APIError, OpenAI
@@ -268,12 +289,38 @@ class ServerSampler:
                 f"`vllm serve {model}` there, or leave it out to sample in this process"
             ) from error
         names = {name: one.id for one in served for name in (one.id, getattr(one, "root", None))}
-        if model not in names:
+        self.model = names.get(model, served[0].id)
+        if reference is not None:
+            self._compare(model, *reference)
+        elif model not in names:
             logger.warning(
                 f"the server at {base_url!r} serves {[one.id for one in served]}, not by the name "
                 f"{model!r}: make sure that it is the base model, whose responses are learnt from"
             )
-        self.model = names.get(model, served[0].id)
+
+    def _compare(self, model: str, tokens: list[int], log_probs: list[float]) -> None:
+        """Refuses a server of other weights."""
+        from openai import OpenAI
+
+        with OpenAI(base_url=self.base_url, api_key=server_key()) as client:
+            answer = client.completions.create(
+                model=self.model, prompt=tokens, max_tokens=1, extra_body={"prompt_logprobs": 0}
+            )
+        found = getattr(answer.choices[0], "prompt_logprobs", None)
+        if found is None or len(found) != len(tokens):
+            raise ValueError(
+                f"the server at {self.base_url!r} returned no prompt_logprobs; it must be vLLM, "
+                "0.32 or later"
+            )
+        served = [row[str(token)]["logprob"] for token, row in zip(tokens[1:], found[1:])]
+        difference = float(np.abs(np.subtract(served, log_probs)).mean())
+        if not difference <= SERVER_TOLERANCE:
+            raise ValueError(
+                f"the server at vllm_server_base_url={self.base_url!r} serves {self.model!r} with "
+                f"other weights than those of the base model {model!r}: the log-probabilities of "
+                f"{len(tokens)} tokens differ by {difference:.3g} nats in the mean, up to "
+                f"{SERVER_TOLERANCE:g} are rounding. Start `vllm serve {model}` there"
+            )
 
     def __call__(
         self,
@@ -300,12 +347,10 @@ class ServerSampler:
                     prompt=prefix,
                     max_tokens=length,
                     temperature=self.config.temperature,
-                    top_p=1.0,
                     seed=seed,
                     extra_body={
+                        **NEUTRAL,
                         "top_k": self.config.top_k,
-                        "min_p": 0.0,
-                        "repetition_penalty": 1.0,
                         "stop_token_ids": self.eos_token_ids,
                         "return_token_ids": True,
                     },
@@ -327,6 +372,14 @@ class ServerSampler:
 
     def close(self) -> None:
         """Nothing is held between calls."""
+
+
+@torch.inference_mode()
+def prompt_log_probs(model: Any, tokens: list[int]) -> list[float]:
+    """Log-probabilities of all tokens but the first, each after those before it."""
+    ids = torch.tensor([tokens], device=model.device)
+    log_probs = model.eval()(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    return log_probs.gather(1, ids[0, 1:, None])[:, 0].tolist()
 
 
 def server_key() -> str:
@@ -424,7 +477,11 @@ class TransformersSampler:
         if recorder is not None:
             recorder.guide.attention_mask = attention_mask
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        with (
+            neutral_generation_config(self.model),
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(),
+        ):
             torch.manual_seed(seed)
             output = self.model.generate(
                 input_ids=input_ids.to(device),
@@ -446,6 +503,18 @@ class TransformersSampler:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def neutral_generation_config(model: Any) -> Iterator[None]:
+    """A model without a generation config of its own, from which `generate` would fill what it is
+    not told: penalties, for example, as Qwen2.5 ships."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class Recorder(LogitsProcessor):
