@@ -115,12 +115,18 @@ def test_greedy_answers_equal_the_plain_computation(client, smollm2, quality):
 
 
 def test_rollouts_are_sampled_over_http(client, smollm2, quality):
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trimtab.trainers.rollouts import TreeConfig
-    from trimtab.trainers.samplers import ServerSampler
+    from trimtab.trainers.samplers import ServerSampler, prompt_log_probs
 
-    sampler = ServerSampler(str(smollm2), str(client.base_url), TreeConfig(top_k=TOP_K), {2})
+    tokens = list(range(1000, 1064))
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    arguments = (str(smollm2), str(client.base_url), TreeConfig(top_k=TOP_K), {2})
+    sampler = ServerSampler(*arguments, (tokens, prompt_log_probs(base, tokens)))
+    base.model.layers[10].mlp.up_proj.weight.data *= 1.5
+    with pytest.raises(ValueError, match="other weights than those of the base model"):
+        ServerSampler(*arguments, (tokens, prompt_log_probs(base, tokens)))
     prompt = AutoTokenizer.from_pretrained(smollm2).apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_dict=False
     )

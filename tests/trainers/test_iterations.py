@@ -72,6 +72,7 @@ def test_a_policy_is_measured_by_its_own_rollouts(iterated):
     for i, name in enumerate(REWARDS):
         trees = read_rollouts(folder / "rollouts" / "iteration-2" / name / "eval")
         assert len(trees) == 40 and all(list(tree.rewards) == [name] for tree in trees)
+        trees = trees[::2]  # the others are for the choice
         rewards, kls = [], []
         for tree in trees:  # leaf by leaf
             shares = tree.shares()[tree.leaves()]
@@ -122,11 +123,21 @@ def test_a_scale_of_other_values_is_forgotten(base_model, tmp_path):
 def test_best_iteration_is_kept(iterated):
     made, folder = iterated
     iterations = made.value_config.provenance["iterations"]
-    objectives = [
-        np.mean([policy[name]["objective"]["value"] for name in REWARDS])
-        for policy in iterations["policies"][1:]
-    ]
+    objectives = []
+    for iteration in range(3):
+        values = []
+        for i, name in enumerate(REWARDS):
+            trees = read_rollouts(
+                folder / "rollouts" / f"iteration-{iteration + 1}" / name / "eval"
+            )
+            m, s = made.value_config.reward_mean[i], made.value_config.reward_std[i]
+            values += [(t.values(name)[0] - m) / s - t.kl() / 2.0 for t in trees[1::2]]
+        objectives.append(np.mean(values))
+    assert iterations["choice"] == pytest.approx(objectives)
     assert iterations["kept"] == np.argmax(objectives)
+    assert iterations["prompts"] == {"chosen on": 20, "reported on": 20}
+    card = (folder / "README.md").read_text()
+    assert "on 20 held-out prompts, not the 20 that the kept iteration was chosen on" in card
     kept = MAVISValueModel.load(str(folder / f"iteration-{iterations['kept']}" / "value_model"))
     saved = MAVISValueModel.load(str(folder))
     torch.testing.assert_close(saved.state_dict(), kept.state_dict())
@@ -138,6 +149,16 @@ def make_tree(reward, kl):
     tree = Tree(0, [Node(-1, 0, [1]), Node(0, 1, [2], leaf=True, log_ratios=[kl], kls=[kl])])
     tree.rewards["r"] = np.array([np.nan, reward])
     return [tree]
+
+
+def test_choice_and_figures_are_of_different_prompts():
+    history = PolicyHistory(beta=2.0)
+    for held_back, reported in ((0.0, 0.0), (2.0, 1.0), (1.0, 5.0)):
+        trees = [make_tree(reward, 0.0)[0] for reward in (reported, held_back) * 3]
+        history.add({"r": trees}, [0.0], [1.0])
+    assert history.best() == 0
+    assert [p["r"]["reward"]["value"] for p in history.policies] == [0.0, 1.0, 5.0]
+    assert history.to_json()["choice"] == [2.0, 1.0]
 
 
 def test_worse_iteration_is_warned_of():

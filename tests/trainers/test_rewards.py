@@ -117,26 +117,64 @@ def tree(rewards):
     return Tree(0, nodes, {"kind": np.array([np.nan, np.nan, *rewards])})
 
 
-def test_statistics_weigh_leaves_as_plain_sampling_would():
-    trees = [tree([1.0, 2.0, 4.0]), tree([3.0, 3.0, 5.0])]
-    mean, std = reward_statistics(trees, ["kind"])
-    plain = [1, 1, 2, 4, 3, 3, 3, 5]  # a leaf as often as its share, in quarters
-    assert mean == pytest.approx(np.mean(plain))
-    assert std == pytest.approx(np.std(plain))
+def test_mean_weighs_leaves_as_plain_sampling_would():
+    mean, _ = reward_statistics([tree([1.0, 2.0, 4.0]), tree([3.0, 3.0, 5.0])], ["kind"])
+    assert mean == pytest.approx(np.mean([1, 1, 2, 4, 3, 3, 3, 5]))  # a leaf by its quarters
 
 
-def test_constant_reward_is_warned_of():
-    messages = []
+def sampled_tree(rng, level):
+    """Three first pieces of two responses each, which share half of their variance of 2."""
+    nodes, rewards = [Node(-1, 0, [5])], [np.nan]
+    for _ in range(3):
+        shared = rng.normal()
+        nodes.append(Node(0, 1, [6]))
+        rewards.append(np.nan)
+        parent = len(nodes) - 1
+        for _ in range(2):
+            nodes.append(Node(parent, 2, [7], leaf=True))
+            rewards.append(level + shared + rng.normal())
+    return Tree(0, nodes, {"kind": np.array(rewards)})
+
+
+def test_deviation_is_that_within_prompts_without_bias():
+    rng = np.random.default_rng(0)
+    for spread in (0.0, 10.0):  # of the prompts' own levels
+        trees = [sampled_tree(rng, spread * rng.normal()) for _ in range(4000)]
+        _, std = reward_statistics(trees, ["kind"])
+        assert std == pytest.approx(np.sqrt(2), rel=0.03)
+
+
+@pytest.fixture
+def messages():
+    found = []
     handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
+    handler.emit = lambda record: found.append(record.getMessage())
     logger = transformers_logging.get_logger("trimtab.trainers.rewards")
     logger.addHandler(handler)
-    try:
-        _, std = reward_statistics([tree([2.0, 2.0, 2.0])], ["kind"])
-    finally:
-        logger.removeHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def test_constant_reward_is_warned_of(messages):
+    _, std = reward_statistics([tree([2.0, 2.0, 2.0])], ["kind"])
     assert std == 1.0
     assert "'kind'" in messages[0] and "cannot guide" in messages[0]
+
+
+def test_reward_that_is_constant_within_prompts_is_warned_of(messages):
+    _, std = reward_statistics([tree([2.0] * 3), tree([4.0] * 3)], ["kind"])
+    assert std == pytest.approx(1.0)  # of all responses: 2 and 4
+    (message,) = messages
+    assert "'kind' does not differ between the responses to one prompt: it cannot guide" in message
+
+
+def test_single_responses_tell_no_deviation_within_prompts(messages):
+    single = [Tree(i, [Node(-1, 0, [5]), Node(0, 1, [6], leaf=True)],
+                   {"kind": np.array([np.nan, 3.0 * i])}) for i in range(2)]  # fmt: skip
+    _, std = reward_statistics(single, ["kind"])
+    assert std == pytest.approx(1.5)
+    (message,) = messages
+    assert "deviation within prompts is not known" in message and "`root_children`" in message
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -314,3 +315,50 @@ def test_response_joins_the_pieces_of_a_path():
     nodes = [Node(-1, 0, [1, 2]), Node(0, 1, [5]), Node(1, 2, [6, 7]), Node(1, 2, [8], leaf=True)]
     tree = Tree(0, nodes)
     assert tree.path(2) == [1, 2] and tree.response(2) == [5, 6, 7] and tree.response(0) == []
+
+
+def test_only_batches_whose_columns_changed_are_scored_again(tmp_path, tokenizer):
+    scored = []
+
+    def numbered(number, **kwargs):
+        scored.extend(number)
+        return [float(n) for n in number]
+
+    numbered.version = "1"  # it keeps what it has seen
+    arguments = {
+        "prompts": PROMPTS, "tokenizer": tokenizer, "eos_token_ids": {END}, "batch_size": 2,
+        "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in PROMPTS],
+        "config": TreeConfig(max_completion_length=12, layers=2), "make_sampler": CoinSampler,
+        "identity": {}, "reward_funcs": {"number": numbered},
+    }  # fmt: skip
+    columns = {"number": list(range(len(PROMPTS))), "unread": ["x"] * len(PROMPTS)}
+    collect_rollouts(tmp_path, columns=columns, **arguments)
+    scored.clear()
+    columns["unread"][0] = "y"
+    collect_rollouts(tmp_path, columns=columns, **arguments)
+    assert scored == []
+    columns["number"][3] = 33
+    trees = collect_rollouts(tmp_path, columns=columns, **arguments)
+    assert set(scored) == {2, 33}
+    assert np.nanmax(trees[3].rewards["number"]) == 33
+
+
+def test_rewards_of_unknown_identity_are_computed_again(tmp_path, tokenizer):
+    lock, calls = threading.Lock(), []
+
+    def guarded(completions, **kwargs):
+        with lock:
+            calls.append(len(completions))
+            return [0.0] * len(completions)
+
+    for _ in range(2):
+        collect(tmp_path, tokenizer, CoinSampler(), {"length": guarded})
+    assert len(calls) == 8, "four batches, twice"
+
+
+def test_batch_that_cannot_be_read_is_sampled_again(tmp_path, tokenizer):
+    trees = collect(tmp_path, tokenizer, CoinSampler())
+    path = tmp_path / "trees-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    same(collect(tmp_path, tokenizer, CoinSampler()), trees)
+    same(read_rollouts(tmp_path), trees)

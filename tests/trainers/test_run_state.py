@@ -326,7 +326,7 @@ def test_checkpoints_of_an_earlier_run_are_not_resumed(base_model, single, tmp_p
     shutil.copytree(single[0], tmp_path / "run")
     slower = {**SINGLE, "learning_rate": 1e-3}
     expected = run(base_model, tmp_path / "expected", **slower)
-    assert [path.name for path in checkpoints(tmp_path / "run")][0] == "checkpoint-4"
+    assert checkpoints(tmp_path / "run")[0].name == "checkpoint-4"
     run(base_model, tmp_path / "run", max_steps=2, **{**slower, "save_strategy": "no"})
     # What a kill leaves: the state says that it has begun, checkpoint-4 is the earlier run's.
     state = json.loads((tmp_path / "run" / "run_state.json").read_text())

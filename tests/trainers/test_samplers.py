@@ -1,8 +1,14 @@
+import copy
+import http.server
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +23,7 @@ from trimtab.trainers.samplers import (
     TransformersSampler,
     cut_at_end,
     divergence,
+    prompt_log_probs,
 )
 
 from .conftest import END, make_model, make_tokenizer
@@ -142,6 +149,31 @@ def test_transformers_samples_the_base_model(top_k):
     check_frequencies(wide, model, top_k)
 
 
+# What checkpoints ship to chat well with: not the base model that values are of.
+HOSTILE = {
+    "repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "suppress_tokens": [4, 5, 6, 7],
+    "bad_words_ids": [[8]], "min_new_tokens": 4, "top_p": 0.3, "min_p": 0.5, "temperature": 0.1,
+    "typical_p": 0.2, "forced_eos_token_id": 9, "max_length": 5, "exponential_decay_length_penalty":
+    [1, 2.0], "begin_suppress_tokens": [10], "num_beams": 3, "do_sample": False,
+    "renormalize_logits": True, "stop_strings": ["a"], "encoder_repetition_penalty": 2.0,
+}  # fmt: skip
+
+
+def test_the_checkpoints_generation_config_has_no_part_in_the_base_model():
+    plain, other = make_model(), make_model()
+    for name, value in HOSTILE.items():
+        setattr(other.generation_config, name, value)
+    before = copy.deepcopy(other.generation_config)
+    pieces = [
+        TransformersSampler(model, TreeConfig(top_k=0), {END})(
+            [[5, 6, 7]] * 16, [30] * 16, [0] * 16
+        )
+        for model in (plain, other)
+    ]
+    assert pieces[0] == pieces[1]
+    assert other.generation_config.to_dict() == before.to_dict()
+
+
 def test_transformers_sampler_leaves_the_random_state_alone():
     sampler = TransformersSampler(make_model(), TreeConfig(), {END})
     torch.manual_seed(3)
@@ -151,8 +183,13 @@ def test_transformers_sampler_leaves_the_random_state_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_vllm_samples_the_base_model(base_model):
+def test_vllm_samples_the_base_model(base_model, tmp_path):
     pytest.importorskip("vllm")
+    # A checkpoint with a generation config of its own, asked for by name
+    shutil.copytree(base_model, tmp_path / "base")
+    hostile = {"repetition_penalty": 3.0, "top_p": 0.3, "temperature": 0.1, "max_new_tokens": 2}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(hostile))
+    base_model = str(tmp_path / "base")
     script = textwrap.dedent(
         f"""
         from trainers.conftest import END, make_model
@@ -163,7 +200,8 @@ def test_vllm_samples_the_base_model(base_model):
         sampler = VLLMSampler(
             {base_model!r}, config, {{END}}, max_model_len=64,
             init_kwargs=dict(
-                enforce_eager=True, dtype="float32", distributed_executor_backend="uni"
+                enforce_eager=True, dtype="float32", distributed_executor_backend="uni",
+                generation_config="auto",
             ),
         )
         check_continuations(sampler, config)
@@ -219,3 +257,92 @@ def test_server_that_does_not_answer_is_named(base_model):
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         with pytest.raises(ConnectionError, match=f"vllm_server_base_url='{url}'.*vllm serve"):
             ServerSampler(base_model, url, TreeConfig(), {END})
+
+
+@contextmanager
+def serving(model):
+    """An HTTP server that answers as vLLM's does, and what it was asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self, value):
+            body = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self.answer({"object": "list", "data": [{"id": "served", "object": "model"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            choice = {"index": 0, "text": "", "finish_reason": "stop", "token_ids": [5, END]}
+            if "prompt_logprobs" in body:
+                found = prompt_log_probs(model, body["prompt"])
+                rows = [{str(t): {"logprob": x}} for t, x in zip(body["prompt"][1:], found)]
+                choice["prompt_logprobs"] = [None, *rows]
+            self.answer(
+                {"id": "1", "object": "text_completion", "created": 0, "model": "served",
+                 "choices": [choice]}
+            )  # fmt: skip
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+TOKENS = np.random.default_rng(0).integers(1, 18, size=100).tolist()
+
+
+def test_server_of_other_weights_is_refused():
+    pytest.importorskip("openai")
+    model, other = make_model(), make_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.2 * parameter.std() * torch.randn_like(parameter)
+    reference = TOKENS, prompt_log_probs(model, TOKENS)
+    rounded = make_model().to(torch.bfloat16)
+    for served, refused in ((model, False), (rounded, False), (other, True)):
+        with serving(served) as (url, _):
+            if refused:
+                message = (
+                    rf"vllm_server_base_url='{url}/v1' serves 'served' with other weights.*nats"
+                )
+                with pytest.raises(ValueError, match=message):
+                    ServerSampler("base", url, TreeConfig(), {END}, reference)
+            else:
+                ServerSampler("base", url, TreeConfig(), {END}, reference)
+
+
+def test_requests_leave_nothing_to_the_servers_defaults():
+    """All that vLLM takes from a generation config where a request says nothing."""
+    pytest.importorskip("openai")
+    with serving(make_model()) as (url, asked):
+        sampler = ServerSampler("served", url, TreeConfig(top_k=7, temperature=0.5), {END})
+        assert sampler([[4, 5]], [3], [1])[0].tokens == [5, END]
+    (request,) = asked
+    defaults = {
+        "temperature": 0.5, "top_k": 7, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 3,
+    }  # fmt: skip
+    assert {name: request[name] for name in defaults} == defaults
+
+
+def test_every_field_that_vllm_would_fill_is_sent():
+    protocol = pytest.importorskip("vllm.entrypoints.openai.completion.protocol")
+    from trimtab.trainers.samplers import NEUTRAL
+
+    filled = set(protocol.CompletionRequest._DEFAULT_SAMPLING_PARAMS.default)
+    assert filled <= {*NEUTRAL, "temperature", "top_k", "max_tokens"}
