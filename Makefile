@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint install
+.PHONY: demo test test-long test-newest lint install
 
 install: $(STAMP)
 
@@ -16,6 +16,22 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Minutes each: runs that are killed at random moments, for example
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
+
+# What needs no vLLM, with the newest releases of everything else, in an environment of its own
+NEWEST := .venv-newest
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install -q --upgrade pip "setuptools>=77" wheel
+	$(NEWEST)/bin/pip install -q torch==2.13.0
+	$(NEWEST)/bin/pip install -q --upgrade --upgrade-strategy only-if-needed --no-build-isolation \
+		-e '.[trl]' transformers trl peft accelerate datasets hypothesis matplotlib openai pytest \
+		pytest-timeout scipy
+	$(NEWEST)/bin/python -m pytest tests/trainers tests/plugins --ignore-glob='*test_vllm*' \
+		-k 'not vllm'
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -79,7 +79,8 @@ class Policy:
         kl_bound (`float`, *optional*):
             Upper bound of the KL to the base model, used where responses carry no KL.
         identity (`str`, *optional*, defaults to `""`):
-            Tells stored responses from those of another version of the method.
+            Tells stored responses from those of another version of the method, such as the
+            fingerprint of its value model: what `respond` computes with is not looked at.
     """
 
     method: str
@@ -357,6 +358,11 @@ def sweep(
                 f"`judges` has {name!r}, which is no objective of `reward_funcs`: "
                 f"{list(scorers['rewards'])}"
             )
+    # Asked once, before they are called: what a function keeps from its calls is no part of it.
+    identities = {
+        kind: {name: identify(function) for name, function in functions.items()}
+        for kind, functions in scorers.items()
+    }
     points = []
     for policy in policies:
         for chosen in weights if policy.weights is None else policy.weights:
@@ -385,9 +391,9 @@ def sweep(
         for kind, functions in scorers.items():
             kept = stored.setdefault(kind, {})
             for name, function in functions.items():
-                if kept.get(name, {}).get("function") != identify(function):
+                if kept.get(name, {}).get("function") != identities[kind][name]:
                     values = _score(name, function, prompts, point.responses[-1])
-                    kept[name] = {"function": identify(function), "values": values}
+                    kept[name] = {"function": identities[kind][name], "values": values}
                     changed = True
                 column = np.array(kept[name]["values"], float)[None]
                 scores = getattr(point, kind)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # What vLLM would else take from the checkpoint's generation config or a server's defaults
-NEUTRAL: dict[str, float] = {
+NEUTRAL: dict[str, Any] = {
     "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
