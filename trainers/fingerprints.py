@@ -388,11 +388,11 @@ class _Digester:
             )
         if _of_transformers(value, "tokenization_utils_base", "PreTrainedTokenizerBase"):
             backend = getattr(value, "backend_tokenizer", None)
-            fields: Any = sorted(value.get_vocab().items())
+            known: Any = sorted(value.get_vocab().items())
             if backend is not None:
-                fields = json.loads(backend.to_str())
-                del fields["padding"], fields["truncation"]  # those of the last call
-            text = json.dumps(fields, sort_keys=True)
+                known = json.loads(backend.to_str())
+                del known["padding"], known["truncation"]  # those of the last call
+            text = json.dumps(known, sort_keys=True)
             return self._all("tokenizer", (text, value.chat_template, value.all_special_tokens))
         return None
 
