@@ -6,6 +6,12 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Threads that wait for each other sleep: spinning, they take the time that a neighbour needs, who then
+# holds them up (benchmarks/shared_machine.py).
+export OMP_WAIT_POLICY ?= PASSIVE
+export KMP_BLOCKTIME ?= 0
+# Processes that share the tests; engines of vLLM want a GPU for themselves.
+WORKERS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
 
 .PHONY: demo test test-long test-newest lint install
 
@@ -15,11 +21,13 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# Minutes each: runs that are killed at random moments, for example
+# An hour or two: runs that are killed at random moments, and thousands of examples of each property
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest --hypothesis-profile=long tests/plugins/test_engine.py \
+		tests/plugins/test_transformers.py tests/plugins/test_vllm_batches.py
 
 # What needs no vLLM, with the newest releases of everything else, in an environment of its own
 NEWEST := .venv-newest

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from trimtab.plugins.probe import check_servable
 from trimtab.plugins.value_model import (
     MAVISValueModel,
     provenance,
@@ -143,6 +144,8 @@ class MAVISDistillationTrainer(ValueModelTrainer):
                 f"the student has the objectives {student.config.objectives}, the teachers "
                 f"{self.objectives}; they must be the same in the same order"
             )
+        longest = getattr(student.config.text_config, "max_position_embeddings", args.max_length)
+        check_servable(student, min(longest, args.max_length))
         student.backbone.requires_grad_(not args.freeze_backbone)
         student.get_input_embeddings().requires_grad_(False)
         self.value_config = student.config

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from trimtab.plugins.probe import check_servable
 from trimtab.plugins.value_model import (
     MAVISValueModel,
     load_config,
@@ -411,11 +412,6 @@ class MAVISTrainer(ValueModelTrainer):
         value_model.config.tokenizer_fingerprint = vocabulary
         self.value_config = value_model.config
         self.eos_token_ids = end_tokens(base_model, processing_class)
-        value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
-        if peft_config is not None:
-            value_model = wrap_backbone(value_model, peft_config)
-            value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
-
         self._prompt_ids = {}
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
             if name == "train" or dataset is not None:
@@ -423,6 +419,13 @@ class MAVISTrainer(ValueModelTrainer):
                     name, dataset, processing_class, args
                 )
         self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
+
+        longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
+        check_servable(value_model, longest + args.max_completion_length)
+        value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
+        if peft_config is not None:
+            value_model = wrap_backbone(value_model, peft_config)
+            value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
 
         super().__init__(
             model=value_model,

@@ -19,7 +19,7 @@ from trimtab.plugins.value_model import MAVISValueModel, tokenizer_fingerprint
 from trimtab.trainers import MAVISConfig, MAVISTrainer, read_rollouts
 from trimtab.trainers.mavis_trainer import ValueMetrics
 
-from .conftest import VOCABULARY, make_model, make_tokenizer
+from .conftest import END, VOCABULARY, make_model, make_tokenizer
 
 
 def goodness(completions, **kwargs):
@@ -605,3 +605,44 @@ def test_checkpoints_are_pushed_without_the_rollouts(base_model, tmp_path, monke
     assert during and last.keys() >= WHOLE
     for pushed in during:
         assert "model.safetensors" in pushed and not [path for path in pushed if "/" in path]
+
+
+def unservable(folder):
+    """A base model whose attention the value engine does not follow, with the tests' tokenizer."""
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+    config = DiffLlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=END,
+        eos_token_id=END,
+    )
+    torch.manual_seed(0)
+    model = DiffLlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_could_not_be_served_is_refused_before_anything_is_sampled(tmp_path):
+    base = unservable(tmp_path / "base")
+    with pytest.raises(ValueError, match="a backbone of type 'diffllama' is not supported: after"):
+        trainer(base, tmp_path / "out")
+    assert not (tmp_path / "out" / "rollouts").exists()
+
+
+def test_what_could_not_be_served_is_not_distilled_into(tmp_path, trained):
+    from trimtab.trainers import MAVISDistillationConfig, MAVISDistillationTrainer
+
+    base = unservable(tmp_path / "base")
+    args = MAVISDistillationConfig(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="a backbone of type 'diffllama' is not supported: after"):
+        MAVISDistillationTrainer(base, str(trained[2]), args, tmp_path / "rollouts")
