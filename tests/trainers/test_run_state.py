@@ -191,7 +191,7 @@ def test_a_run_after_another_one_is_as_in_an_empty_folder_or_refused(
         else:
             torch.testing.assert_close(outcome(tmp_path / "first"), expected)
             outcomes.append("anew")
-    rollouts = ("seed", "layers", "temperature", "length", "prompts", "eval prompts",
+    rollouts = ("seed", "layers", "temperature", "length", "beta", "prompts", "eval prompts",
                 "base weights", "end tokens")  # fmt: skip
     assert outcomes == ["refused", "refused" if pair in rollouts else "anew"]
 
