@@ -6,6 +6,7 @@ of several. Both functions take a batch of prompts and a transformers model or a
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -345,6 +346,8 @@ class _TransformersProposer:
     def __init__(self, model: Any, top_k: int) -> None:
         self.model, self.top_k = model, top_k
         self.cache: Any = None
+        parameters = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"  # before 5.24
         self.mask = torch.zeros((0, 0))  # [rows, length] of the last step
 
     def __call__(
@@ -369,11 +372,11 @@ class _TransformersProposer:
             input_ids=input_ids,
             attention_mask=self.mask,
             position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         )
-        self.cache = output.past_key_values
+        self.cache = output[self.cache_name]
         return top_candidates(output.logits[:, -1].float(), self.top_k)
 
 
