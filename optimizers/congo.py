@@ -9,6 +9,7 @@ module registers ``CONGO``, ``CONGO_B``, ``CONGO_Z`` and ``CONGO_E``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing as tp
 
@@ -16,16 +17,20 @@ import nevergrad as ng
 import numpy as np
 from nevergrad.common import errors
 from nevergrad.optimization import base, utils
-from nevergrad.parametrization import _datalayers
 
-from . import recovery, sensing
+from . import estimates, noises, sensing, spaces, step
 
 FloatArray = np.ndarray
 
 # A loss that Nevergrad clips to (NaN and +inf become this number) is a failed evaluation.
 _FAILED = 5.0e20
 _META = "congo"
+_VIOLATION = "congo_violation"
 _PLATEAU = "all losses are equal"
+# In rounds of more evaluations a repeat of the base point takes the place of a perturbation.
+_REPEATS_COUNT = 8
+# Standard errors that a difference of costs must exceed to count.
+_CLEAR = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Round:
         residual: part of the measured differences (curvature and drift taken out, in the adaptive
             variant) that the estimate leaves unexplained: a ratio of norms, 0 for a perfect fit
             and 1 for none.
+        recommended: cost at the point that ``recommend()`` returns, as measured; NaN if unknown.
+        paid: mean cost of the round's measurements, perturbed ones included.
         measurements: evaluations that the estimate rests on, the base point included.
         lost: evaluations asked for in the round and not used: unanswered, failed, or rejected by a
             cheap constraint.
@@ -52,6 +59,8 @@ class Round:
     support: dict[str, float]
     common: float
     residual: float
+    recommended: float
+    paid: float
     measurements: int
     lost: int
     perturbation: float
@@ -59,80 +68,73 @@ class Round:
     skipped: str
 
 
-def _ratio(left: float, measured: FloatArray) -> float:
-    size = float(np.linalg.norm(measured))
-    return left / size if size else 0.0
+class _Open:
+    """The round in progress: what was asked for around a base point, and what was told.
 
-
-def _leaves(parameter: ng.p.Parameter, path: str = "") -> list[tuple[str, ng.p.Parameter]]:
-    """The parameters that own coordinates, with their names, in standardised order."""
-    if isinstance(parameter, ng.p.Instrumentation):
-        args, kwargs = parameter[0], parameter[1]
-        return _leaves(args, path) + _leaves(kwargs, path)
-    if isinstance(parameter, ng.p.Container):
-        content = parameter._content
-        found = []
-        for key in sorted(content):  # the order in which containers concatenate their data
-            found += _leaves(content[key], f"{path}.{key}" if path else str(key))
-        return found
-    return [(path, parameter)] if parameter.dimension else []
-
-
-def coordinate_name(parametrization: ng.p.Parameter, coordinate: int) -> str:
-    """The name of a coordinate of the standardised space: ``"pool"``, ``"cpu[3]"``, ``"net.a[0]"``.
-
-    Args:
-        parametrization: the optimizer's parametrization.
-        coordinate: a position in its standardised data.
-
-    Raises:
-        IndexError: for a position outside the standardised data.
+    Attributes:
+        point: the base point, ``[d]``.
+        measurements: the perturbations.
+        base: losses told at the base point.
+        losses: losses told at perturbations, by their place among the measurements.
+        places: places of the perturbations that may still be told, by number.
     """
-    offset = coordinate
-    for name, leaf in _leaves(parametrization):
-        if 0 <= offset < leaf.dimension:
-            shape = leaf._value.shape if isinstance(leaf, ng.p.Data) else (leaf.dimension,)
-            if leaf.dimension == 1 and name:
-                return name
-            return (
-                f"{name or 'x'}[{','.join(str(int(k)) for k in np.unravel_index(offset, shape))}]"
-            )
-        offset -= leaf.dimension
-    raise IndexError(f"coordinate is {coordinate}: expected 0 to {parametrization.dimension - 1}")
+
+    def __init__(self, number: int, measurements: estimates.Measurements) -> None:
+        self.number = number
+        self.measurements = measurements
+        self.point = measurements.base
+        self.base: list[_Loss] = []
+        self.losses: dict[int, _Loss] = {}
+        self.places: dict[int, int] = {}
+        self.uids: dict[int, str] = {}
+        self.asked = 0
+        self.base_asked = 0
+        self.reference_asked = False
+        self.reference_wanted = False
+        self.reference: _Loss | None = None
+        self.mixing: FloatArray | None = None
+        self.slopes: FloatArray | None = None  # what is expected at the base point, and how much
+        self.rise = 0.0  # more than at the iterate it is expected to cost
+
+    def told(self, repeats: bool) -> int:
+        """Answers so far, repeats of the base point counted or not."""
+        return (len(self.base) if repeats else bool(self.base)) + len(self.losses)
 
 
-def standardized_bounds(
-    parametrization: ng.p.Parameter,
-) -> tuple[FloatArray | None, FloatArray | None]:
-    """Lower and upper bounds of every coordinate in standardised space, ``[d]`` each.
+class _Loss(tp.NamedTuple):
+    loss: float  # NaN: failed
+    violation: float
 
-    ``None`` where no coordinate has one. Bounds by ``arctan``, ``tanh`` or ``gaussian`` transforms
-    leave the standardised space unbounded, and so do bounds behind another operation: there the
-    parametrization itself keeps values inside.
-    """
-    lower, upper = [], []
-    for _, leaf in _leaves(parametrization):
-        low, high = np.full(leaf.dimension, -np.inf), np.full(leaf.dimension, np.inf)
-        if isinstance(leaf, ng.p.Data):
-            operations = _datalayers.Operation.filter_from(leaf)
-            layer = operations[0] if operations else None
-            method = getattr(layer, "_method", "constraint")
-            if (
-                isinstance(layer, _datalayers.BoundLayer)
-                and not isinstance(layer, _datalayers.Modulo)
-                and method in ("bouncing", "clipping", "constraint")
-            ):
-                for bound, out in zip(layer.bounds, (low, high)):
-                    if bound is not None:
-                        whole = np.broadcast_to(bound, leaf._value.shape)
-                        out[:] = leaf._to_reduced_space(whole - leaf._value)
-        lower.append(low)
-        upper.append(high)
-    lows, highs = np.concatenate(lower), np.concatenate(upper)
-    return (
-        lows if np.isfinite(lows).any() else None,
-        highs if np.isfinite(highs).any() else None,
-    )
+
+@dataclasses.dataclass
+class _Value:
+    """The cost at a point: what was measured, and its standard error."""
+
+    loss: float
+    violation: float
+    error: float
+
+
+@dataclasses.dataclass
+class _Plan:
+    """A step being tried: ``step`` from the iterate times ``factor``, the jumps of levels apart."""
+
+    step: FloatArray
+    jump: FloatArray
+    slope: float
+    quadratic: float
+    jump_gain: float
+    factor: float = 1.0
+    probes: list[tuple[float, float, _Loss]] = dataclasses.field(default_factory=list)
+    settled: bool = False
+
+    def moved(self, factor: float) -> FloatArray:
+        return factor * self.step + (self.jump if factor >= 1 else 0.0)
+
+    def predicted(self, factor: float) -> float:
+        """The decrease that the model predicts."""
+        gain = -factor * self.slope - 0.5 * factor**2 * self.quadratic
+        return gain + (self.jump_gain if factor >= 1 else 0.0)
 
 
 class _CONGO(base.Optimizer):
@@ -140,7 +142,8 @@ class _CONGO(base.Optimizer):
 
     Attributes:
         num_measurements: perturbations that the recovery rests on (``m``).
-        evaluations_per_round: tells that complete a round.
+        evaluations_per_round: tells that complete a round; without a learning rate, the probes of a
+            step and repeats come on top.
         num_rounds: rounds completed.
         gradient: the last estimate in standardised space, ``[d] float64``; None before the first.
         last_round: a ``Round``; None before the first is complete.
@@ -162,6 +165,7 @@ class _CONGO(base.Optimizer):
                 f"sparsity is {c.sparsity}, above the dimension {d} of the parametrization: "
                 f"choose at most {d}, or None"
             )
+        self._levels = spaces.Levels(self.parametrization)
         self.sparsity = c.sparsity or max(1, min(d // 10, 10))
         m = c.num_measurements
         if m is None:
@@ -170,12 +174,16 @@ class _CONGO(base.Optimizer):
                 # Idle workers measure too: the round fills its last batch of evaluations.
                 m = math.ceil((m + 1) / num_workers) * num_workers - 1
             m = min(m, d)
+            if self._levels:  # a level that no perturbation visits is not known
+                m = max(m, min(2 * d, 8))
         elif c.variant == "adaptive" and m == 1 < d:
             raise ValueError(
                 f"num_measurements is 1 in dimension {d}: one difference tells no variable from "
                 "another, nor from noise; variant 'adaptive' needs at least 2"
             )
         self.num_measurements = m
+        # As many measurements as dimensions: least squares in orthogonal directions.
+        self._dense = m >= d and not self._levels
         self.evaluations_per_round = 1 + ((c.num_perturbations or 3 * m) if c.variant == "B" else m)
         if budget is not None and budget < self.evaluations_per_round:
             self._warn(
@@ -190,67 +198,118 @@ class _CONGO(base.Optimizer):
         self.num_rounds = 0
         self.gradient: FloatArray | None = None
         self.last_round: Round | None = None
-        self._lower, self._upper = standardized_bounds(self.parametrization)
-        self._x = np.zeros(d)
+        self._bounds = spaces.standardized_bounds(self.parametrization)
+        self._x = self._levels.snap(np.zeros(d)) if self._levels else np.zeros(d)
         self._last_good = self._x
         self._x_loss = math.inf  # the last loss at an iterate
         self._unsure = False  # evaluations failed near the iterate, and it is not evaluated yet
-        self._common = 0.0
         self._length = c.delta or (0.1 if c.variant == "adaptive" else 0.05)
-        self._round_id = 0
-        self._uids: list[str] = []
-        self._old_uids: list[str] = []
-        self._start_round()
+        self._first_length = self._length
+        self._longest = math.inf  # longer ones fail, as far as is known
+        self._penalty = 0.0
+        self._noise = noises.Noise()
+        self._value: _Value | None = None
+        self._slopes: FloatArray | None = None  # the gradient at the iterate
+        self._bend = 0.0  # what perturbations add, per squared length
+        self._excess = noises.Excess()
+        self._curvature = step.Curvature()
+        self._radius = 0.0
+        self._plan: _Plan | None = None
+        self._round_number = 0
+        self._count = 0
+        self._stale: list[str] = []
+        self._round: _Open
+        self._open(self._x)
 
     # -- a round -----------------------------------------------------------------------------
 
-    def _start_round(self) -> None:
-        """Forgets the measurements of the last round; its unanswered candidates become stale."""
-        self._round_id += 1
-        self._asked.difference_update(self._old_uids)  # or they would add up over lost workers
-        self._old_uids, self._uids = self._uids, []
-        self._rows: list[np.ndarray] = []
-        self._lengths: list[float] = []
-        self._sums: list[float] = []
-        self._losses: dict[int, float] = {}
-        self._mixing: FloatArray | None = None
-        self._base_asked = 0
+    @property
+    def _searching(self) -> bool:
+        """Without a learning rate: steps are tried, judged and taken back."""
+        return self._config.learning_rate is None
+
+    def _open(self, point: FloatArray) -> None:
+        """Begins a round; the last one's unanswered candidates become stale."""
+        self._round_number += 1
+        self._asked.difference_update(self._stale)  # or they would add up over lost workers
+        self._stale = list(self._round.uids.values()) if self._round_number > 1 else []
+        measurements = estimates.Measurements(
+            point,
+            self._bounds,
+            self._levels.positions,
+            self._levels.positions[self._levels.integers],
+        )
+        self._round = _Open(self._round_number, measurements)
+
+    @property
+    def _complete(self) -> bool:
+        r = self._round
+        told = r.told(repeats=self.evaluations_per_round > _REPEATS_COUNT)
+        waiting = r.reference_wanted and not r.reference_asked
+        return bool(r.base) and told >= self.evaluations_per_round and not waiting
 
     def _internal_ask_candidate(self) -> ng.p.Parameter:
-        everything_out = len(self._rows) >= self.evaluations_per_round - 1
+        if not self.num_ask:
+            self._start_feasible()
+        r = self._round
+        if self._complete:
+            self._finish()  # others are still out; the one who asks is free
+            r = self._round
+        everything_out = len(r.measurements) >= self.evaluations_per_round - 1
         # Beyond a round's worth of asks some answers are late or lost: first the base point is
         # asked again, on which all differences rest, then fresh perturbations stand in.
-        extra = len(self._rows) - (self.evaluations_per_round - 1)
-        if not self._base_asked or (
-            everything_out and 0 not in self._losses and self._base_asked <= extra + 1
+        extra = len(r.measurements) - (self.evaluations_per_round - 1)
+        if not r.base_asked or (everything_out and not r.base and r.base_asked <= extra + 1):
+            kind, place, point = "base", 0, r.point
+            r.base_asked += 1
+        elif r.reference_wanted and not r.reference_asked:
+            kind, place, point = "reference", 0, self._x
+            r.reference_asked = True
+        elif (
+            self._searching
+            and r.base_asked == 1
+            and self._noise.wanted(self.num_rounds, self.num_measurements)
         ):
-            index, point = 0, self._x
-            self._base_asked += 1
+            kind, place, point = "base", 0, r.point
+            r.base_asked += 1
         else:
-            index = len(self._rows) + 1
-            point = self._x + self._draw_row()
+            kind, place = "row", self._draw()
+            point = r.point + r.measurements.step(place)
         candidate = self.parametrization.spawn_child().set_standardized_data(point)
-        candidate._meta[_META] = (self._round_id, index)
-        self._uids.append(candidate.uid)
+        self._count += 1
+        candidate._meta[_META] = (r.number, kind, self._count)
+        r.asked += 1
+        r.uids[self._count] = candidate.uid
+        if kind == "row":
+            r.places[self._count] = place
         return candidate
 
-    def _draw_row(self) -> FloatArray:
-        """Draws the next row; returns its perturbation, ``[d]``."""
-        d, variant = self.dimension, self._config.variant
-        j = len(self._rows)
+    @property
+    def _most_rows(self) -> int:
+        return 4 * (self.evaluations_per_round + self.num_workers) + 1000
+
+    def _draw(self) -> int:
+        """Draws the next perturbation; returns its place among the round's measurements."""
+        r, d, variant = self._round, self.dimension, self._config.variant
+        now, j = r.measurements, len(r.measurements)
+        if j >= self._most_rows and r.places:  # never told: the oldest one's place is free again
+            number, place = next(iter(r.places.items()))
+            del r.places[number]
+            self._asked.discard(r.uids.pop(number))
+            return place
         length = self._length
         if variant == "B":
-            if self._mixing is None:
-                self._mixing = self._rng.standard_normal((self.num_measurements, d))
+            if now.mixing is None:
+                now.mixing = self._rng.standard_normal((self.num_measurements, d))
             row = sensing.expand(
                 sensing.rademacher(self._rng, self.num_measurements), self.num_measurements
             )
-            length /= float(np.square(row @ self._mixing).sum())
-        elif self.num_measurements >= d:
+            length /= float(np.square(row @ now.mixing).sum())
+        elif self._dense:
             if j % d == 0:
-                self._mixing = sensing.orthogonal(self._rng, d)
-            assert self._mixing is not None
-            row = self._mixing[j % d]
+                r.mixing = sensing.orthogonal(self._rng, d)
+            assert r.mixing is not None
+            row = r.mixing[j % d]
             length /= 1 if variant == "adaptive" else d
         elif variant == "E":
             row = sensing.gaussian(self._rng, d)
@@ -262,45 +321,124 @@ class _CONGO(base.Optimizer):
             else:
                 # Two lengths a round: comparing their residuals tells noise from curvature.
                 length *= math.sqrt(2) if j % 2 else math.sqrt(0.5)
-        self._rows.append(row)
-        self._lengths.append(length)
-        step = self._perturbation(j + 1)
-        self._sums.append(float(step.sum()))
-        return step
+        now.rows.append(row)
+        now.lengths.append(length)
+        if self._levels:
+            now.jumps.append(
+                self._levels.draw(self._rng, r.point, self._length, self._share).astype(np.float32)
+            )
+        if not self.parametrization.can_skip_constraints():
+            # The opposite side of a boundary, or closer to the base point.
+            for _ in range(10):
+                if self._allowed(r.point + now.step(j)):
+                    break
+                now.lengths[j] *= -1.0 if now.lengths[j] > 0 else -0.5
+                if self._levels and now.lengths[j] > 0:
+                    now.jumps[j] = self._levels.thin(self._rng, now.jumps[j], 0.5)
+        if self._config.max_regression is not None:
+            self._shorten(j)
+        now.sums.append(float(now.step(j).sum()))
+        return j
 
-    def _row(self, index: int) -> FloatArray:
-        row = self._rows[index - 1]
-        if self._config.variant == "B":
-            assert self._mixing is not None
-            return row @ self._mixing
-        return sensing.expand(row, self.dimension)
+    def _shorten(self, j: int) -> None:
+        """Shortens a perturbation until its predicted cost is within ``max_regression``."""
+        r, limit = self._round, self._config.max_regression
+        assert limit is not None
+        now = r.measurements
+        if self._value is None or self._slopes is None:
+            # Nothing is known of the first round but what it has told so far.
+            start = r.base[0].loss if r.base else math.nan
+            above = sum(told.loss > start + limit for told in r.losses.values())
+            factor = 0.25 * 0.5**above
+            now.lengths[j] *= factor
+            if self._levels:
+                now.jumps[j] = self._levels.thin(self._rng, now.jumps[j], factor)
+            return
+        if r.slopes is None:
+            toward = r.point - self._x
+            turned = self._curvature.quadratic(self.dimension).product(toward)
+            r.slopes, r.rise = self._slopes + turned, float((self._slopes + 0.5 * turned) @ toward)
+        for _ in range(20):
+            bent = max(self._bend, 0.0) * now.lengths[j] ** 2
+            if r.rise + float(r.slopes @ now.step(j)) + bent <= limit:
+                return
+            now.lengths[j] *= 0.5
+            if self._levels:
+                now.jumps[j] = self._levels.thin(self._rng, now.jumps[j], 0.5)
 
-    def _perturbation(self, index: int) -> FloatArray:
-        """The step from the iterate to measurement ``index`` (1 is the first), ``[d]``."""
-        step = self._lengths[index - 1] * self._row(index)
-        return self._clip(self._x + step, slice(None)) - self._x if self._bounded else step
+    def _start_feasible(self) -> None:
+        """Moves a start that violates a cheap constraint to a point nearby that does not."""
+        if self._allowed(self._x):
+            return
+        start = self._x
+        for trial in range(400):
+            # From a tenth of a mutation to 2^6 of them, along all coordinates or along one.
+            scale = 0.125 * 2.0 ** (trial % 10)
+            direction = self._rng.standard_normal(self.dimension)
+            if trial % 2:
+                direction *= np.arange(self.dimension) == self._rng.randint(self.dimension)
+            far = self._projected(start + scale * direction)
+            if self._allowed(far):
+                near = start
+                for _ in range(6):
+                    middle = self._projected(0.5 * (near + far))
+                    near, far = (near, middle) if self._allowed(middle) else (middle, far)
+                self._x = self._last_good = far
+                self._open(far)
+                return
+
+    def _projected(self, x: FloatArray) -> FloatArray:
+        x = self._project(x)
+        return self._levels.snap(x) if self._levels else x
 
     @property
-    def _bounded(self) -> bool:
-        return self._lower is not None or self._upper is not None
+    def _share(self) -> float:
+        """Share of the knobs with levels that a perturbation moves."""
+        return min(0.5, max(math.sqrt(self._length), 4.0 / self.num_measurements))
 
-    def _clip(self, points: FloatArray, part: slice | np.ndarray) -> FloatArray:
-        if self._lower is not None:
-            points = np.maximum(points, self._lower[part])
-        if self._upper is not None:
-            points = np.minimum(points, self._upper[part])
-        return points
+    # -- answers -----------------------------------------------------------------------------
+
+    def tell(
+        self,
+        candidate: ng.p.Parameter,
+        loss: tp.Any,
+        constraint_violation: tp.Any = None,
+        penalty_style: tp.Any = None,
+    ) -> None:
+        if constraint_violation is not None:
+            # Nevergrad adds a penalty that grows with time to the loss; the fit needs both apart.
+            candidate._meta[_VIOLATION] = float(np.sum(np.maximum(constraint_violation, 0.0)))
+        super().tell(candidate, loss, constraint_violation, penalty_style)
 
     def _internal_tell_candidate(self, candidate: ng.p.Parameter, loss: float) -> None:
-        round_id, index = candidate._meta.get(_META, (0, 0))
-        if round_id != self._round_id or index in self._losses:
+        round_number, kind, count = candidate._meta.get(_META, (0, "", 0))
+        r = self._round
+        if round_number != r.number or count not in r.uids:
             return  # an answer to a round that is over, or a second one
-        self._losses[index] = loss if abs(loss) < _FAILED else math.nan
-        if index == 0 and abs(loss) < _FAILED:
-            self._x_loss = loss
-            self._unsure = False
-        if 0 in self._losses and len(self._losses) >= self.evaluations_per_round:
-            self._finish_round()
+        del r.uids[count]
+        told = self._as_loss(candidate, loss)
+        if kind == "base":
+            r.base.append(told)
+            if len(r.base) == 2:
+                self._noise.learn(r.base[0].loss - r.base[1].loss)
+            if told.loss == told.loss:
+                self._x_loss, self._unsure = told.loss, False
+        elif kind == "reference":
+            r.reference, r.reference_wanted = told, False
+        else:
+            r.losses[r.places.pop(count)] = told
+        if self._plan is not None and not self._plan.settled:
+            self._judge_probe()
+        if self._round is r and self._complete and not r.uids:
+            self._finish()
+
+    @staticmethod
+    def _as_loss(candidate: ng.p.Parameter, loss: float) -> _Loss:
+        violation = candidate._meta.get(_VIOLATION, 0.0)
+        if violation:
+            assert candidate.loss is not None
+            loss = candidate.loss
+        return _Loss(loss if abs(loss) < _FAILED else math.nan, violation)
 
     def _internal_tell_not_asked(self, candidate: ng.p.Parameter, loss: float) -> None:
         """A better point from outside becomes the iterate: the warm start."""
@@ -310,198 +448,432 @@ class _CONGO(base.Optimizer):
             self._x_loss = loss
             data = candidate.get_standardized_data(reference=self.parametrization)
             self._x = self._project(np.array(data, dtype=float))
-            self._start_round()
+            self._value, self._slopes, self._plan = None, None, None
+            self._open(self._x)
 
-    def _finish_round(self) -> None:
-        told = np.array(sorted(i for i, loss in self._losses.items() if i and loss == loss), int)
-        base_loss = self._losses[0]
-        issued = len(self._rows) + self._base_asked
-        differences = np.array([self._losses[i] for i in told]) - base_loss
-        skipped, residual, self._common = "", 0.0, 0.0
-        gradient = np.zeros(self.dimension)
-        support = np.zeros(0, dtype=np.int64)
-        before = self._x
-        if base_loss != base_loss:
+    def _merit(self, told: _Loss | _Value) -> float:
+        return told.loss + self._penalty * told.violation
+
+    # -- probes ------------------------------------------------------------------------------
+
+    def _judge_probe(self) -> None:
+        """Goes on with the trial point, or leaves it before the round is spent on it."""
+        r, plan = self._round, self._plan
+        assert plan is not None and self._value is not None
+        if not r.base or len(r.measurements) > (self.evaluations_per_round - 1) // 2:
+            return
+        if r.reference is not None and r.reference.loss == r.reference.loss:
+            fresh = _Value(*r.reference, self._noise.size)
+            self._refresh(fresh)
+        start = self._merit(self._value)
+        cost = self._merit(r.base[0])
+        failed = cost != cost
+        error = _CLEAR * math.hypot(self._noise.size, self._value.error)
+        if (failed or cost > start + error) and r.reference is None:
+            r.reference_wanted = True  # the world may have moved, and not the step be wrong
+            return
+        if r.reference is not None and r.reference.loss != r.reference.loss:
+            plan.settled = True  # nothing answers: the round will tell
+            return
+        plan.probes.append((plan.factor, math.inf if failed else cost, r.base[0]))
+        if failed:
+            factor = 0.25 * plan.factor if len(plan.probes) < 8 else None
+        else:
+            factor = step.next_probe([probe[:2] for probe in plan.probes], start, plan.slope, error)
+        if factor is not None and not self._safe(factor * plan.step, plan.slope * factor):
+            factor = None
+        if factor is not None:
+            if factor <= plan.factor or len(r.measurements) <= self.num_workers:
+                plan.factor = factor
+                trial = self._trial(plan)
+                if trial is not None:
+                    self._open(trial)
+                    return
+            elif factor > plan.factor:
+                self._radius = max(
+                    self._radius, 2.0 * plan.factor * float(np.linalg.norm(plan.step))
+                )
+        best, least, told = min(plan.probes, key=lambda probe: probe[1])
+        plan.settled = True
+        if least > start + error:
+            self._radius = min(p[0] for p in plan.probes) * float(np.linalg.norm(plan.step))
+            if self._noise.size:
+                self._radius = max(self._radius, self._length)
+            self._plan = None
+            self._open(self._x)
+        elif best != plan.factor:
+            plan.factor = best
+            trial = self._trial(plan)
+            assert trial is not None
+            self._open(trial)
+            self._round.base_asked = 1
+            self._round.base.append(told)
+
+    def _refresh(self, fresh: _Value) -> None:
+        """Takes in a new measurement of the iterate; notices a world that has moved."""
+        old = self._value
+        if old is not None:
+            change = abs(self._merit(fresh) - self._merit(old))
+            if change <= 2 * _CLEAR * math.hypot(fresh.error, old.error):
+                if old.error > 0 and fresh.error > 0:
+                    weight = old.error**2 / (old.error**2 + fresh.error**2)
+                    fresh = _Value(
+                        old.loss + weight * (fresh.loss - old.loss),
+                        fresh.violation,
+                        old.error * math.sqrt(1 - weight),
+                    )
+            elif old.error == old.error:
+                self._moved()
+        self._value = fresh
+
+    def _moved(self) -> None:
+        """The world has changed: what was learnt of it counts no more."""
+        self._curvature = step.Curvature()
+        self._excess = noises.Excess()
+        self._scale_length(max(1.0, min(4.0, self._first_length / self._length)))
+        self._radius = max(self._radius, self._length * math.sqrt(self.dimension))
+
+    def _trial(self, plan: _Plan) -> FloatArray | None:
+        """The point of a plan, within bounds and cheap constraints; None if there is none."""
+        for attempt in range(20):
+            point = self._projected(self._x + plan.moved(plan.factor))
+            if self._allowed(point):
+                return None if np.array_equal(point, self._x) else point
+            if attempt:
+                plan.factor *= 0.5
+                continue
+            # A cheap constraint on one coordinate stops that one, not the others.
+            for i in np.argsort(-np.abs(plan.step), kind="stable")[:10]:
+                alone = self._x.copy()
+                alone[i] = point[i]
+                if not self._allowed(self._projected(alone)):
+                    plan.step[i] = 0.0
+        return None
+
+    def _allowed(self, point: FloatArray) -> bool:
+        if self.parametrization.can_skip_constraints():
+            return True
+        child = self.parametrization.spawn_child().set_standardized_data(point)
+        return bool(child.satisfies_constraints())
+
+    # -- the end of a round ------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        r, c = self._round, self._config
+        before, plan, self._plan = self._x, self._plan, None
+        base_told = [told for told in r.base if told.loss == told.loss]
+        places = sorted(i for i, told in r.losses.items() if told.loss == told.loss)
+        paid = [told.loss for told in base_told] + [r.losses[i].loss for i in places]
+        center = (
+            _Loss(
+                sum(told.loss for told in base_told) / len(base_told),
+                sum(told.violation for told in base_told) / len(base_told),
+            )
+            if base_told
+            else _Loss(math.nan, 0.0)
+        )
+        self._raise_penalty(center, [r.losses[i] for i in places])
+        costs = np.array([self._merit(r.losses[i]) for i in places])
+        told = np.array(places, dtype=np.int64)
+        if self._searching and base_told and told.size:
+            plausible = ~noises.penalties(np.concatenate([[self._merit(center)], costs]))[1:]
+            told, costs = told[plausible], costs[plausible]
+        answered = len(r.losses)
+        skipped, estimate = "", None
+        if not base_told:
             skipped = "the loss at the iterate is not a number"
         elif told.size < max(1, (self.evaluations_per_round - 1) // 2):
             skipped = f"only {told.size} of {self.evaluations_per_round - 1} measurements succeeded"
-        elif not differences.any():
+        elif (costs == self._merit(center)).all() and not (self._curvature.pairs and told.size < 8):
+            # (Two or three points on either side of a minimum may well have one cost.)
             skipped = _PLATEAU
         else:
-            estimate = {"B": self._estimate_b, "adaptive": self._estimate_adaptive}.get(
-                self._config.variant, self._estimate_cosamp
-            )
-            if self.num_measurements >= self.dimension:
-                estimate = self._least_squares
-            gradient, support, residual = estimate(told, differences)
-        lengths = [float(np.linalg.norm(self._perturbation(i))) for i in told[:2]]
-        if skipped and self._config.variant == "adaptive":
+            losses = np.concatenate([[self._merit(center)], costs])
+            estimate = self._estimate(told, losses)
+        outage = not base_told and not told.size
+        if not outage and c.variant == "adaptive":
             # Failures ask for smaller perturbations, a plateau (of integers, say) for larger ones.
-            self._scale_length(2.0 if skipped == _PLATEAU else 0.5)
-        if not skipped:
-            skipped = self._step(gradient)
-        if base_loss != base_loss:
-            self._x = self._last_good
+            if skipped == _PLATEAU:
+                self._scale_length(2.0)
+            elif base_told and told.size < 0.9 * answered:
+                self._scale_length(0.5)
+                self._longest = self._length
+            elif base_told:
+                self._longest *= 1.1
+        if self._searching:
+            if estimate is not None:
+                self._judge(plan, estimate, center, told)
+            elif base_told and (plan is None or skipped == _PLATEAU):
+                if plan is None:
+                    self._refresh(_Value(*center, self._noise.size))
+            elif plan is not None:
+                self._radius *= 0.25
+            if estimate is not None and not skipped:
+                skipped = self._propose(estimate) if self._slopes is not None else ""
         else:
-            self._last_good = before
-        self._unsure = any(loss != loss for loss in self._losses.values())
-        self.gradient = gradient
+            if estimate is not None:
+                self._balance_length(estimate)
+                skipped = self._descend(estimate.gradient)
+            if not base_told:
+                self._x = self._last_good
+            else:
+                self._last_good = before
+            self._unsure = any(t.loss != t.loss for t in [*r.base, *r.losses.values()])
+        self.gradient = np.zeros(self.dimension) if estimate is None else estimate.gradient
         self.num_rounds += 1
-        order = support[np.argsort(-np.abs(gradient[support]), kind="stable")]
+        self._report(r, estimate, told.size + len(base_told), paid, before, skipped)
+        trial = None if self._plan is None else self._trial(self._plan)
+        if trial is None:
+            self._plan = None
+        self._open(self._x if trial is None else trial)
+
+    def _report(
+        self,
+        r: _Open,
+        estimate: estimates.Estimate | None,
+        used: int,
+        paid: list[float],
+        before: FloatArray,
+        skipped: str,
+    ) -> None:
+        support: dict[str, float] = {}
+        if estimate is not None:
+            g = estimate.gradient
+            order = estimate.support[np.argsort(-np.abs(g[estimate.support]), kind="stable")]
+            support = {
+                spaces.coordinate_name(self.parametrization, int(i)): float(g[i]) for i in order
+            }
+        lengths = [float(np.linalg.norm(r.measurements.step(i))) for i in sorted(r.losses)[:2]]
+        recommended = self._x_loss if self._value is None else self._value.loss
         self.last_round = Round(
             number=self.num_rounds,
-            support={
-                coordinate_name(self.parametrization, int(i)): float(gradient[i]) for i in order
-            },
-            common=self._common,
-            residual=residual,
-            measurements=told.size + (base_loss == base_loss),
-            lost=issued - told.size - (base_loss == base_loss),
+            support=support,
+            common=0.0 if estimate is None else estimate.common,
+            residual=0.0 if estimate is None else estimate.residual,
+            recommended=recommended if math.isfinite(recommended) else math.nan,
+            paid=float(np.mean(paid)) if paid else math.nan,
+            measurements=used,
+            lost=max(r.asked - used, 0),
             perturbation=float(np.mean(lengths)) if lengths else 0.0,
             step=float(np.linalg.norm(self._x - before)),
             skipped=skipped,
         )
-        self._start_round()
 
-    # -- the estimates -----------------------------------------------------------------------
-
-    def _estimate_cosamp(
-        self, told: np.ndarray, differences: FloatArray
-    ) -> tuple[FloatArray, np.ndarray, float]:
-        """Variants E and Z (CONGO-E, CONGO-Z): directional derivatives, then CoSaMP."""
-        lengths = np.array([self._lengths[i - 1] for i in told])
-        if self._bounded:  # a perturbation that a bound cut is measured as cut
-            rows = np.stack([self._perturbation(int(i)) for i in told]) / lengths[:, None]
+    def _estimate(self, told: np.ndarray, losses: FloatArray) -> estimates.Estimate:
+        now = self._round.measurements
+        estimator: tp.Callable[..., estimates.Estimate]
+        if self._dense:
+            estimator = estimates.least_squares
+        elif self._config.variant == "B":
+            estimator = estimates.averaged
+        elif self._config.variant == "adaptive":
+            estimator = estimates.sparse
         else:
-            rows = sensing.expand(np.stack([self._rows[i - 1] for i in told]), self.dimension)
-        y = differences / lengths
-        found = recovery.cosamp(rows, y, self.sparsity)
-        return found.dense(self.dimension), found.support, _ratio(found.residual, y)
-
-    def _least_squares(
-        self, told: np.ndarray, differences: FloatArray
-    ) -> tuple[FloatArray, np.ndarray, float]:
-        """As many measurements as dimensions: no sparsity is needed."""
-        steps = np.stack([self._perturbation(int(i)) for i in told])
-        gradient = np.linalg.lstsq(steps, differences, rcond=None)[0]
-        left = float(np.linalg.norm(differences - steps @ gradient))
-        return gradient, np.flatnonzero(gradient), _ratio(left, differences)
-
-    def _estimate_b(
-        self, told: np.ndarray, differences: FloatArray
-    ) -> tuple[FloatArray, np.ndarray, float]:
-        """Variant B (CONGO-B): averaged simultaneous perturbations, then basis pursuit.
-
-        The error allowed is the standard error of the averages, taken from their spread.
-        """
-        assert self._mixing is not None
-        signs = np.stack([self._rows[i - 1] for i in told])
-        slopes = differences / np.array([self._lengths[i - 1] for i in told])
-        terms = signs * slopes[:, None]
-        y = terms.mean(axis=0)
-        error = math.sqrt(terms.var(axis=0).sum() / len(told))
-        found = recovery.basis_pursuit(self._mixing, y, error)
-        return found.dense(self.dimension), found.support, _ratio(found.residual, y)
-
-    def _estimate_adaptive(
-        self, told: np.ndarray, differences: FloatArray
-    ) -> tuple[FloatArray, np.ndarray, float]:
-        """Sparse regression in which the data choose the sparsity.
-
-        The model of measurement ``j`` is ``f(x + p) = f0 + g.p + u sum(p) + c |p|^2 + b j +
-        noise`` with a sparse ``g``. The loss at the base point is one more measurement, not the
-        truth: ``f0`` is fitted. ``u`` is a slope common to all variables, as a price of resources
-        is; with signs as rows ``c`` takes the whole diagonal of the Hessian with it; ``b`` is the
-        drift of the cost during a round. ``u``, ``c`` and ``b`` enter only if the data want them.
-        """
-        d, n = self.dimension, len(told) + 1
-        rows = np.stack([self._rows[i - 1] for i in told])
-        lengths = np.array([self._lengths[i - 1] for i in told])
-        losses = np.concatenate([[0.0], differences])
-
-        def centred(values: FloatArray) -> FloatArray:
-            # Fitting f0 is centring, the base point (whose perturbation is zero) included.
-            return values - values.sum(axis=0) / n
-
-        def steps_of(signs: FloatArray, part: slice | np.ndarray) -> FloatArray:
-            steps = lengths[:, None] * signs
-            if self._bounded:
-                steps = self._clip(self._x[part] + steps, part) - self._x[part]
-            return steps
-
-        def columns_of(part: np.ndarray) -> FloatArray:
-            shifts = (7 - part % 8).astype(np.uint8)
-            signs = ((rows[:, part // 8] >> shifts) & 1) * 2.0 - 1.0
-            out = np.zeros((n, part.size))
-            out[1:] = steps_of(signs, part)
-            return centred(out)
-
-        def match(values: FloatArray) -> FloatArray:
-            # |correlation| of every column with ``values``, which are centred.
-            out = np.empty(d)
-            for part, signs in sensing.blocks(rows, d):
-                steps = steps_of(signs, part)
-                squares = np.square(steps).sum(axis=0) - np.square(steps.sum(axis=0)) / n
-                out[part] = np.abs(values[1:] @ steps) / np.sqrt(
-                    np.where(squares > 0, squares, np.inf)
-                )
-            return out
-
-        y = centred(losses)
-        sums = [self._sums[i - 1] for i in told]
-        extra = np.zeros((n, 3))
-        extra[1:] = np.column_stack([sums, np.square(lengths), told])
-        extra = centred(extra)
-        limit = max(512, 4 * n)
-        working = np.arange(d)
-        left, kept = y, np.zeros(0, dtype=np.int64)
-        for _ in range(3 if d > limit else 1):
-            if d > limit:
-                top = np.argpartition(match(left), d - limit)[d - limit :]
-                working = np.union1d(top, kept)
-            columns = np.hstack([columns_of(working), extra])
-            mean, inclusion = recovery.sparse_regression(
-                columns, y, d, extra.shape[1], intercept=True
+            estimator = functools.partial(estimates.cosamp, sparsity=self.sparsity)
+        if not self._searching:
+            return estimator(now, told, losses)
+        known = np.zeros(told.size)
+        if self._curvature.pairs:
+            known = self._known_bend(told)
+            straight = losses - np.concatenate([[0.0], known])
+            # With many measurements it shows whether the curvature still is what it was.
+            if told.size >= 8 and np.var(straight) >= np.var(losses):
+                known = np.zeros(told.size)
+            else:
+                losses = straight
+        if self._config.variant == "adaptive":
+            found = estimates.robust(estimator, now, told, losses)
+            squares = np.square([now.lengths[i] for i in told])
+            found.bend = (0.0 if found.bend != found.bend else found.bend) + float(
+                np.mean(known / squares)
             )
-            coefficients, probability = mean[:-3], inclusion[:-3]
-            left = centred(y - columns @ mean)
-            signal = left + columns[:, :-2] @ mean[:-2]  # without curvature and drift
-            before, kept = kept, working[probability > 0.01]
-            if np.array_equal(kept, before):
-                break
-        self._common = float(mean[-3])
-        gradient = np.full(d, self._common)
-        gradient[working] += coefficients
-        support = working[probability > 0.5]
-        residual = _ratio(float(np.linalg.norm(left)), signal)
-        self._balance_length(left, lengths, residual)
-        return gradient, support, residual
+            return found
+        return estimator(now, told, losses)
 
-    def _balance_length(self, left: FloatArray, lengths: FloatArray, residual: float) -> None:
+    def _known_bend(self, told: np.ndarray) -> FloatArray:
+        """What the curvature learnt so far adds to each measurement, ``[n]``."""
+        model = self._curvature.quadratic(self.dimension)
+        steps = self._round.measurements.steps(told, model.coupled)
+        return 0.5 * ((steps @ model.matrix) * steps).sum(axis=1)
+
+    def _raise_penalty(self, center: _Loss, told: list[_Loss]) -> None:
+        """The price of a unit of violation: enough to turn the cost's slope around."""
+        if not center.violation > 0 or len(told) < 2:
+            return
+        spread = float(np.std([t.violation for t in told]))
+        if spread > 0:
+            steep = 2.0 * float(np.std([t.loss for t in told])) / spread
+            self._penalty = max(self._penalty, steep)
+        if self._value is not None and 0 < 0.9 * self._value.violation < center.violation:
+            self._penalty *= 2.0
+
+    # -- the step without a learning rate ----------------------------------------------------
+
+    def _judge(
+        self,
+        plan: _Plan | None,
+        estimate: estimates.Estimate,
+        center: _Loss,
+        told: np.ndarray,
+    ) -> None:
+        """Moves the iterate to the round's base point, or leaves it where it was."""
+        r = self._round
+        noise = self._noise.learn_fit(estimate.noise)
+        rounding = 4e-16 * abs(center.loss)
+        exact = noise == 0
+        value = _Value(
+            center.loss if exact else estimate.value - self._penalty * center.violation,
+            center.violation,
+            max(2.0 * noise / math.sqrt(told.size + 1), rounding),
+        )
+        slope_error = noise / (self._length * math.sqrt(told.size))
+        if plan is None or self._value is None:
+            self._refresh(value)
+            self._slopes = estimate.gradient
+            self._bend = estimate.bend if estimate.bend == estimate.bend else 0.0
+            return
+        moved = r.point - self._x
+        length = float(np.linalg.norm(moved))
+        actual = self._merit(self._value) - self._merit(value)
+        error = _CLEAR * math.hypot(value.error, self._value.error)
+        predicted = plan.predicted(plan.factor)
+        assert self._slopes is not None
+        if not plan.jump.any():
+            self._curvature.learn(moved, estimate.gradient - self._slopes, slope_error)
+        if actual < -error:
+            self._radius = 0.25 * length
+            if noise:
+                # The iterate may only have been lucky: it is measured again before the next step.
+                self._slopes, self._radius = None, max(self._radius, self._length)
+            return
+        if predicted > error:
+            agreement = actual / predicted
+            if agreement < 0.25:
+                self._radius = 0.5 * length
+            elif agreement > 0.5 and length > 0.8 * self._radius:
+                self._radius = 2.0 * length
+        self._x, self._value, self._slopes = r.point, value, estimate.gradient
+        self._bend = estimate.bend if estimate.bend == estimate.bend else 0.0
+
+    def _propose(self, estimate: estimates.Estimate) -> str:
+        """Plans the next step from the iterate."""
+        gradient = self._slopes
+        assert gradient is not None
+        size = float(np.linalg.norm(gradient))
+        if not math.isfinite(size):
+            return "the gradient estimate is not finite"
+        limit = self._config.max_gradient_norm
+        if limit is not None and size > limit:
+            return f"gradient norm {size:.3g} is above max_gradient_norm {limit:.3g}"
+        d = self.dimension
+        if not self._radius:
+            self._radius = self._length * math.sqrt(d)
+        free = np.ones(d, dtype=bool)
+        lower, upper = self._bounds
+        if lower is not None:
+            free &= ~((self._x <= lower) & (gradient > 0))
+        if upper is not None:
+            free &= ~((self._x >= upper) & (gradient < 0))
+        model = self._curvature.quadratic(d)
+        move = model.minimise(gradient, self._radius, free)
+        jump, jump_gain = np.zeros(d), 0.0
+        if self._levels:
+            move[self._levels.positions] = 0.0
+            jump, jump_gain = self._jumps(estimate)
+        move = self._project(self._x + move) - self._x
+        while not self._safe(move, float(gradient @ move)):
+            move = 0.5 * move
+        slope, quadratic = float(gradient @ move), float(move @ model.product(move))
+        gain = 0.0
+        if slope < 0 or jump_gain > 0:
+            self._plan = _Plan(move, jump, slope, quadratic, jump_gain)
+            gain = self._plan.predicted(1.0)
+        self._adapt_length(estimate, gain)
+        return ""
+
+    def _safe(self, move: FloatArray, change: float) -> bool:
+        """Whether a move that changes the cost by ``change`` to first order respects the limit.
+
+        To second order by at most ``bend |move|^2``: as if all curvature lay along the move.
+        """
+        limit = self._config.max_regression
+        return limit is None or change + max(self._bend, 0.0) * float(move @ move) <= limit
+
+    def _jumps(self, estimate: estimates.Estimate) -> tuple[FloatArray, float]:
+        """Moves to better levels: of each knob the one whose measured effect is best."""
+        d, gradient = self.dimension, estimate.gradient
+        jump, gain = np.zeros(d), 0.0
+        likely = np.isin(self._levels.positions, estimate.support)
+        down, up = self._levels.neighbours(self._x, self._length)
+        for k in np.flatnonzero(
+            (likely | np.isin(self._levels.positions, list(estimate.bends))) & self._levels.integers
+        ):
+            i = int(self._levels.positions[k])
+            effects = [
+                (gradient[i] * s + estimate.bends.get(i, 0.0) * abs(s), s)
+                for s in (float(down[k]), float(up[k]))
+                if s
+            ]
+            effect, s = min(effects, default=(0.0, 0.0))
+            if effect < 0:
+                jump[i], gain = s, gain - effect
+        # Two categories are two columns of opposite sign: neither is likely, their effect may be.
+        visits = self._share * self._round.told(repeats=False)
+        noise = self._noise.size if math.isnan(estimate.noise) else estimate.noise
+        doubt = _CLEAR * noise * math.sqrt(2.0 / visits)
+        for chosen, weights in self._levels.categories(self._x):
+            best = int(weights[np.argmin(gradient[weights])])
+            if best != chosen:
+                places, steps = self._levels.switch(chosen, best)
+                effect = float(gradient[places] @ steps)
+                if effect < -doubt:
+                    jump[places], gain = steps, gain - effect
+        return jump, gain
+
+    # -- the length of perturbations ---------------------------------------------------------
+
+    def _adapt_length(self, estimate: estimates.Estimate, gain: float) -> None:
+        """Perturbations as long as noise asks for and as short as what they cost allows.
+
+        On average a perturbation costs ``bend * length^2`` more than the iterate. Where that is
+        more than the step would gain, perturbations shorten; where it cannot be told from nothing
+        and the noise hides the gradient, they lengthen.
+        """
+        if self._config.variant != "adaptive":
+            return
+        n = self._round.told(repeats=False)
+        square = self._length**2
+        noise = self._noise.size if math.isnan(estimate.noise) else estimate.noise
+        self._excess.learn(estimate.bend, noise / math.sqrt(n) / square)
+        paid = self._excess.bend * square
+        error = noise / math.sqrt(n)
+        if paid > _CLEAR * error and paid > gain:
+            self._scale_length(max(math.sqrt(max(gain, 0.0) / paid), 0.5))
+        elif paid < max(error, gain) and (
+            estimate.residual >= 0.3 or noise >= 0.3 * estimate.signal > 0
+        ):
+            spread = estimate.spread if estimate.spread > 0 else 1.0
+            lengthen = 0.25 * (2.0 - math.log2(spread))
+            self._scale_length(2.0 ** min(max(lengthen, -0.5), 0.5))
+
+    def _balance_length(self, estimate: estimates.Estimate) -> None:
         """Lengthens perturbations under noise, shortens them under curvature.
 
         Residuals of the long rows over those of the short ones (lengths 2 to 1), as mean squares:
         1 if noise dominates, 16 if curvature does, 4 where the two balance. A fit that is good
         already is left alone: longer perturbations cost a live system more.
         """
-        if residual < 0.3:
-            return
-        squares = np.square(left[1:])
-        long = lengths > self._length
-        if long.sum() < 3 or (~long).sum() < 3:
-            return
-        short_mean, long_mean = squares[~long].mean(), squares[long].mean()
-        if short_mean > 0 and long_mean > 0:
-            ratio = math.log2(long_mean / short_mean)
-            self._scale_length(2.0 ** min(max(0.25 * (2.0 - ratio), -0.5), 0.5))
+        if estimate.residual >= 0.3 and estimate.spread > 0:
+            lengthen = 0.25 * (2.0 - math.log2(estimate.spread))
+            self._scale_length(2.0 ** min(max(lengthen, -0.5), 0.5))
 
     def _scale_length(self, factor: float) -> None:
         # From Nevergrad's standard mutation down to where a difference is mostly round-off.
-        self._length = min(max(self._length * factor, 1e-6), 1.0)
+        self._length = min(max(self._length * factor, 1e-6), 1.0, max(self._longest, 1e-6))
 
-    # -- the step ----------------------------------------------------------------------------
+    # -- the step with a learning rate -------------------------------------------------------
 
-    def _step(self, gradient: FloatArray) -> str:
+    def _descend(self, gradient: FloatArray) -> str:
         c = self._config
         norm = float(np.linalg.norm(gradient))
         if not math.isfinite(norm):
@@ -511,33 +883,41 @@ class _CONGO(base.Optimizer):
         if c.max_gradient_norm is not None and norm > c.max_gradient_norm:
             return f"gradient norm {norm:.3g} is above max_gradient_norm {c.max_gradient_norm:.3g}"
         rate = c.learning_rate
+        assert rate is not None
         rate = float(rate(self.num_rounds) if callable(rate) else rate)
         x = self._project(self._x - (rate / norm if c.normalize else rate) * gradient)
-        if not self.parametrization.can_skip_constraints():
-            # Nevergrad rejects candidates that violate a cheap constraint; at an iterate that does,
-            # no round could begin.
-            halvings = 0
-            while (
-                not self.parametrization.spawn_child()
-                .set_standardized_data(x)
-                .satisfies_constraints()
-            ):
-                x, halvings = (x + self._x) / 2, halvings + 1
-                if halvings == 20:
-                    return "no part of the step satisfies the constraints"
+        # Nevergrad rejects candidates that violate a cheap constraint; at an iterate that does, no
+        # round could begin.
+        halvings = 0
+        while not self._allowed(x):
+            x, halvings = (x + self._x) / 2, halvings + 1
+            if halvings == 20:
+                return "no part of the step satisfies the constraints"
         self._x = x
         return ""
 
     def _project(self, x: FloatArray) -> FloatArray:
         """The nearest point in the box, then toward the initial point until it is in the ball."""
-        x = self._clip(x, slice(None))
+        lower, upper = self._bounds
+        if lower is not None:
+            x = np.maximum(x, lower)
+        if upper is not None:
+            x = np.minimum(x, upper)
         norm = float(np.linalg.norm(x))
         if self._config.radius is not None and norm > self._config.radius:
             x = x * (self._config.radius / norm)
         return x
 
+    def recommend(self) -> ng.p.Parameter:
+        found = super().recommend()
+        if self._value is not None:
+            found.loss = self._value.loss
+        elif math.isfinite(self._x_loss):
+            found.loss = self._x_loss
+        return found
+
     def _internal_provide_recommendation(self) -> FloatArray:
-        return self._last_good if self._unsure else self._x
+        return self._last_good if self._unsure and not self._searching else self._x
 
     def _info(self) -> dict[str, tp.Any]:
         """Nevergrad's debug information: the last round, flat."""
@@ -552,10 +932,17 @@ def _check_options(options: dict[str, tp.Any]) -> None:
         count = options[name]
         if count is not None and (isinstance(count, bool) or count != int(count) or count < 1):
             raise ValueError(f"{name} is {count!r}: expected a whole number of at least 1, or None")
-    for name in ("learning_rate", "delta", "radius", "max_gradient_norm"):
+    for name in ("learning_rate", "delta", "radius", "max_gradient_norm", "max_regression"):
         size = options[name]
         if size is not None and not callable(size) and not 0 < size < math.inf:
             raise ValueError(f"{name} is {size!r}: expected a finite number above 0")
+    if options["max_regression"] is not None and options["learning_rate"] is not None:
+        raise ValueError(
+            f"max_regression is {options['max_regression']} with a learning_rate: steps of a given "
+            "length are not held back; leave learning_rate out"
+        )
+    if options["normalize"] and options["learning_rate"] is None:
+        raise ValueError("normalize is True without a learning_rate: set the length of a step")
     if options["num_perturbations"] is not None and variant != "B":
         raise ValueError(
             f"num_perturbations is {options['num_perturbations']} for variant {variant!r}: only "
@@ -607,15 +994,16 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
     def __init__(
         self,
         *,
-        variant: str = "E",
+        variant: str = "adaptive",
         sparsity: int | None = None,
         num_measurements: int | None = None,
         num_perturbations: int | None = None,
-        learning_rate: float | tp.Callable[[int], float] = 0.1,
+        learning_rate: float | tp.Callable[[int], float] | None = None,
         delta: float | None = None,
         radius: float | None = None,
         normalize: bool = False,
         max_gradient_norm: float | None = None,
+        max_regression: float | None = None,
     ) -> None:
         _check_options(locals())
         self.variant = variant
@@ -627,10 +1015,11 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
         self.radius = radius
         self.normalize = normalize
         self.max_gradient_norm = max_gradient_norm
+        self.max_regression = max_regression
         super().__init__(_CONGO, locals(), as_config=True)
 
 
-CONGO = ParametrizedCONGO(variant="adaptive").set_name("CONGO", register=True)
+CONGO = ParametrizedCONGO().set_name("CONGO", register=True)
 CONGO_B = ParametrizedCONGO(variant="B").set_name("CONGO_B", register=True)
 CONGO_Z = ParametrizedCONGO(variant="Z").set_name("CONGO_Z", register=True)
 CONGO_E = ParametrizedCONGO(variant="E").set_name("CONGO_E", register=True)

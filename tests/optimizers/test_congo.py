@@ -11,12 +11,13 @@ import pytest
 from nevergrad.common import errors, testing
 
 from trimtab.optimizers import ParametrizedCONGO
-from trimtab.optimizers.congo import coordinate_name, standardized_bounds
+from trimtab.optimizers.spaces import coordinate_name, standardized_bounds
 
 VARIANTS = ["B", "Z", "E", "adaptive"]
 
 
 def make(parametrization=30, *, budget=None, num_workers=1, seed=0, **options):
+    options.setdefault("learning_rate", 0.1)  # without one: test_step.py
     optimizer = ParametrizedCONGO(**options)(parametrization, budget, num_workers)
     optimizer.parametrization.random_state.seed(seed)
     return optimizer
@@ -82,10 +83,11 @@ def test_b_measurements_are_unbiased_projections():
     for _ in range(2000):
         optimizer.ask()
     for index in range(1, 2000):
-        step = optimizer._perturbation(index)
-        slopes.append(optimizer._rows[index - 1] * (g @ step) / optimizer._lengths[index - 1])
+        step = optimizer._round.measurements.step(index - 1)
+        length = optimizer._round.measurements.lengths[index - 1]
+        slopes.append(optimizer._round.measurements.rows[index - 1] * (g @ step) / length)
     mean, error = np.mean(slopes, axis=0), np.std(slopes, axis=0) / math.sqrt(len(slopes))
-    assert np.all(np.abs(mean - optimizer._mixing @ g) < 4.5 * error)
+    assert np.all(np.abs(mean - optimizer._round.measurements.mixing @ g) < 4.5 * error)
 
 
 @pytest.mark.parametrize("variant", ["Z", "E"])

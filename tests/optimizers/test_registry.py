@@ -44,6 +44,7 @@ def test_registration(name):
 
 def test_family_repr():
     assert repr(ParametrizedCONGO()) == "ParametrizedCONGO()"
+    assert ParametrizedCONGO()._config == package.CONGO._config  # the default is what is registered
     assert repr(ParametrizedCONGO(variant="Z", sparsity=3)) == (
         "ParametrizedCONGO(sparsity=3, variant='Z')"
     )
@@ -85,14 +86,10 @@ def test_nevergrads_offset_check(name):
     [(0.0, 1.0, 1.1, 0.94, 1.01), (-0.3, 0.3, -1.1, -0.31, -0.24)],
 )
 def test_nevergrads_bounded_minimal_case(name, lower, upper, target, least, most):
-    # The second half of its test_optimizers_minimal, which no learning rate of 0.1 can pass: unit 1
-    # is a sixth of the range, so one unit of x is 6 (or 10) units and slopes are as much smaller. A
-    # rate of 0.1 in units of x is 0.1 * 36 (or 0.1 * 100).
-    rate = 0.1 * (6 / (upper - lower)) ** 2
-    variant = ng.optimizers.registry[name]._config["variant"]
+    # The second half of its test_optimizers_minimal, which skips names that contain "NGO".
     parametrization = ng.p.Scalar(lower=lower, upper=upper)
-    optimizer = ParametrizedCONGO(variant=variant, learning_rate=rate)(parametrization, 100)
-    assert least < optimizer.minimize(lambda x: (x - target) ** 2).value < most
+    value = make(name, parametrization, 100).minimize(lambda x: (x - target) ** 2).value
+    assert least < value < most
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,88 @@
+"""What is known of the measurements themselves: noise, excess cost, and failures in disguise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+FloatArray = np.ndarray
+
+
+class Noise:
+    """The standard deviation of one measurement, from repeats at one point and from fits.
+
+    Attributes:
+        size: the standard deviation; 0 where repeats agreed.
+    """
+
+    def __init__(self) -> None:
+        self.differences: list[float] = []
+        self.fits: list[float] = []
+        self.size = 0.0
+
+    def wanted(self, rounds: int, measurements: int) -> bool:
+        """Whether a repeat is due: early, then seldom where it costs a lot or tells nothing."""
+        if len(self.differences) < 3:
+            return True
+        every = max(1, 16 // (measurements + 1))
+        return rounds % (every if any(self.differences) else 8 * every) == 0
+
+    def learn(self, difference: float) -> None:
+        if difference == difference:
+            self.differences = [*self.differences[-19:], abs(difference)]
+            self._update()
+
+    def learn_fit(self, noise: float) -> float:
+        if noise == noise:
+            self.fits = [*self.fits[-4:], noise]
+        self._update()
+        return self.size
+
+    def _update(self) -> None:
+        fit = float(np.median(self.fits)) if self.fits else 0.0
+        n = len(self.differences)
+        if not n:
+            self.size = fit
+        elif not any(self.differences):
+            self.size = 0.0
+        else:
+            # |N(0, 2)| has its median at 0.954.
+            repeats = float(np.median(self.differences)) / 0.954
+            if n < 5:
+                repeats = max(repeats, float(np.mean(self.differences)) / 1.128, fit)
+            self.size = repeats or fit
+
+
+class Excess:
+    """What perturbations cost, per squared length: an average with forgetting."""
+
+    def __init__(self) -> None:
+        self.bend, self.error = 0.0, math.inf
+
+    def learn(self, bend: float, error: float) -> None:
+        if error == 0 or not math.isfinite(self.error):
+            self.bend, self.error = bend, error
+            return
+        old, new = 0.8 / self.error**2 if self.error else 0.0, 1.0 / error**2
+        self.bend = (old * self.bend + new * bend) / (old + new)
+        self.error = 1.0 / math.sqrt(old + new)
+
+
+def penalties(costs: FloatArray) -> np.ndarray:
+    """Costs that are no costs but a sign of failure, ``[n] bool``; the base point's is first.
+
+    A group far above all others, the base point among these, at ten times the range that they
+    span: the two lengths of perturbations leave no such gap in anything that a gradient could
+    describe.
+    """
+    found = np.zeros(costs.size, dtype=bool)
+    order = np.argsort(costs, kind="stable")
+    values = costs[order]
+    above = np.diff(values) > 10 * (values[:-1] - values[0])
+    least = max(3, costs.size // 4, int(np.searchsorted(values, costs[0], "right")))
+    for k in np.flatnonzero(above):
+        if k + 1 >= least:
+            found[order[k + 1 :]] = True
+            break
+    return found

@@ -1,0 +1,342 @@
+"""CONGO without a learning rate: progress at any scale, nothing made worse, hostile services."""
+
+import math
+import pickle
+
+import nevergrad as ng
+import numpy as np
+import pytest
+from nevergrad.common import testing
+from nevergrad.functions import ArtificialFunction
+
+from trimtab.optimizers import ParametrizedCONGO, noises, spaces, step
+
+
+def make(parametrization, budget=None, workers=1, seed=0, **options):
+    optimizer = ParametrizedCONGO(**options)(parametrization, budget, workers)
+    optimizer.parametrization.random_state.seed(seed)
+    return optimizer
+
+
+def play(optimizer, function, evaluations, noise=0.0):
+    """Costs without noise of what was asked for."""
+    rng, costs = np.random.default_rng(0), []
+    for _ in range(evaluations):
+        candidate = optimizer.ask()
+        costs.append(function(candidate.value))
+        optimizer.tell(candidate, costs[-1] + noise * rng.standard_normal())
+    return costs
+
+
+def bowl(x):
+    return float((x[3] - 1) ** 2 + (x[11] + 1) ** 2)
+
+
+# -- scales ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_scale_of_the_cost_changes_no_bit_of_the_points(exponent):
+    one, two = make(100), make(100)
+    for _ in range(300):
+        first, second = one.ask(), two.ask()
+        np.testing.assert_array_equal(first.value, second.value)
+        cost = float(np.sum(np.abs(first.value[:4] - 1) ** 2.5))
+        one.tell(first, cost)
+        two.tell(second, cost * 2.0**exponent)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_progress_at_any_scale_of_the_cost(scale):
+    value = make(100, 1000, 8).minimize(lambda x: scale * bowl(x)).value
+    assert bowl(value) < 0.01 * 2
+
+
+def test_progress_in_the_users_units():
+    knobs = ng.p.Dict(a=ng.p.Scalar(lower=0, upper=100), b=ng.p.Scalar(lower=0, upper=100))
+    found = make(knobs, 100).minimize(
+        lambda v: ((v["a"] - 80) / 10) ** 2 + ((v["b"] - 20) / 10) ** 2
+    )
+    assert found.value["a"] == pytest.approx(80, abs=1)
+    assert found.value["b"] == pytest.approx(20, abs=1)
+    value = make(ng.p.Scalar(init=1000.0), 100).minimize(lambda x: ((x - 900) / 100) ** 2).value
+    assert value == pytest.approx(900, abs=1)
+
+
+def test_optimum_inside_bounds_is_reached():
+    knobs = ng.p.Array(shape=(100,)).set_bounds(0, 1)
+    value = make(knobs, 600, 8).minimize(lambda x: 50 + 100 * bowl(x / 2 + 0.1 * x**0)).value
+    assert np.all((value >= 0) & (value <= 1))
+    scalar = ng.p.Scalar(lower=-10, upper=10, init=8.0)
+    assert make(scalar, 100).minimize(lambda x: x * x).value == pytest.approx(0, abs=0.05)
+
+
+# -- never worse -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ellipsoid", "rosenbrock", "multipeak", "deceptivemultimodal"])
+@pytest.mark.parametrize("workers", [1, 8])
+def test_no_recommendation_is_worse_than_the_start(name, workers):
+    np.random.seed(1)  # noqa: NPY002  (Nevergrad's functions draw from it)
+    function = ArtificialFunction(name, 5, useless_variables=55, rotation=name == "ellipsoid")
+    function.parametrization.random_state.seed(1)
+    start = function(np.zeros(60))
+    optimizer = make(60, workers=workers)
+    best = start
+    while optimizer.num_tell < 500:
+        for candidate in [optimizer.ask() for _ in range(workers)]:
+            optimizer.tell(candidate, function(candidate.value))
+        now = function(optimizer.recommend().value)
+        assert now <= best
+        best = now
+    assert best < start or name.startswith("deceptive")
+
+
+@pytest.mark.parametrize("limit", [0.3, 3.0])
+def test_no_measurement_is_predicted_above_max_regression(limit):
+    def function(x):
+        return 10 + 5 * bowl(x) + float((x[20] + x[21]) ** 2 - x[21])
+
+    optimizer = make(60, max_regression=limit)
+    incumbent = function(np.zeros(60))
+    for _ in range(400):
+        candidate = optimizer.ask()
+        cost = function(candidate.value)
+        if optimizer.num_rounds:  # of a smooth function the model is right up to curvature
+            assert cost <= incumbent + 1.5 * limit
+        optimizer.tell(candidate, cost)
+        incumbent = function(optimizer.recommend().value)
+    assert incumbent < 10
+
+
+def test_paid_cost_approaches_the_recommended_one_under_noise():
+    def function(x):
+        return 100 + 5 * bowl(x)
+
+    optimizer = make(60)
+    paid = play(optimizer, function, 1800, noise=2.0)
+    assert function(optimizer.recommend().value) < 101
+    assert np.mean(paid[-300:]) < 101
+    report = optimizer.last_round
+    assert abs(report.recommended - 100) < 2 and abs(report.paid - 100) < 2
+
+
+def test_perturbations_lengthen_when_the_world_moves():
+    optimizer = make(40)
+    play(optimizer, bowl, 600)
+    settled = optimizer.last_round.perturbation
+    assert settled < 0.1
+    lengths = []
+    for _ in range(12):
+        play(optimizer, lambda x: bowl(x[::-1]) + 3, 40)
+        lengths.append(optimizer.last_round.perturbation)
+    assert max(lengths) > 2 * settled
+    assert bowl(optimizer.recommend().value[::-1]) < 0.01
+
+
+# -- robust measurements ---------------------------------------------------------------------
+
+
+@testing.suppress_nevergrad_warnings()
+def test_outage_teaches_nothing():
+    optimizer = make(60)
+    play(optimizer, bowl, 400, noise=0.05)
+    for _ in range(100):  # what was out when it began
+        optimizer.tell(optimizer.ask(), math.nan)
+    before, length = bowl(optimizer.recommend().value), optimizer._length
+    for _ in range(300):
+        optimizer.tell(optimizer.ask(), math.nan)
+    assert bowl(optimizer.recommend().value) == before
+    assert optimizer._length == length
+    play(optimizer, bowl, 200, noise=0.05)
+    assert bowl(optimizer.recommend().value) < before + 0.05
+
+
+@pytest.mark.parametrize("penalty", [1e5, math.nan])
+@testing.suppress_nevergrad_warnings()
+def test_failing_region_repels_no_knob(penalty):
+    optimizer = make(40)
+    play(optimizer, lambda x: penalty if x[5] > 0.05 else bowl(x), 600, noise=0.01)
+    value = optimizer.recommend().value
+    assert np.abs(value).max() < 2 and bowl(value) < 0.1
+
+
+def test_outliers_and_quantised_costs():
+    rng = np.random.default_rng(1)
+
+    def hostile(x):
+        return round(100 + 5 * bowl(x) + rng.standard_normal()) * (
+            100 if rng.random() < 0.05 else 1
+        )
+
+    optimizer = make(60)
+    play(optimizer, hostile, 1500)
+    assert 5 * bowl(optimizer.recommend().value) < 1.5
+
+
+def test_surplus_workers_are_used():
+    optimizer, measured = make(50), []
+    for _ in range(4):
+        out = [optimizer.ask() for _ in range(300)]
+        for candidate in out:
+            optimizer.tell(candidate, bowl(candidate.value))
+        measured.append(optimizer.last_round.measurements)
+    assert optimizer.num_rounds == 4 and min(measured) > 290
+
+
+def test_penalties_are_a_group_far_above():
+    base = np.array([0.0])
+    rng = np.random.default_rng(0)
+    plain = rng.choice([-1, 1], 40) * np.tile([0.7, 1.4], 20)
+    assert not noises.penalties(np.concatenate([base, plain])).any()
+    mixed = np.concatenate([base, plain])
+    mixed[[4, 9, 30]] = 1e4 + rng.standard_normal(3)
+    assert list(np.flatnonzero(noises.penalties(mixed))) == [4, 9, 30]
+
+
+# -- constraints and levels ------------------------------------------------------------------
+
+
+def test_constraint_violation_stops_at_the_boundary():
+    def function(x):
+        return float((x[0] - 2) ** 2 + (x[3] + 1) ** 2)
+
+    optimizer = make(50)
+    for _ in range(700):
+        candidate = optimizer.ask()
+        x = candidate.value
+        optimizer.tell(candidate, function(x), constraint_violation=[max(0.0, x[0] - 1)])
+    value = optimizer.recommend().value
+    assert 0.9 < value[0] < 1.02 and value[3] == pytest.approx(-1, abs=0.2)
+
+
+def feasible(x):
+    return x[0] >= 1
+
+
+def test_infeasible_start_becomes_feasible_at_once():
+    knobs = ng.p.Array(shape=(20,))
+    knobs.register_cheap_constraint(feasible)
+    optimizer = make(knobs, 200)
+    for _ in range(120):
+        candidate = optimizer.ask()
+        assert feasible(candidate.value)
+        optimizer.tell(candidate, float(np.sum((candidate.value[:3] - 0.5) ** 2)))
+    assert optimizer.num_rounds >= 2
+    value = optimizer.recommend().value
+    assert 1 <= value[0] < 1.5 and np.abs(value[1:3] - 0.5).max() < 0.2
+
+
+def test_integers_move_by_levels():
+    knobs = ng.p.Array(init=[2.0] * 20).set_bounds(1, 4).set_integer_casting()
+    found = make(knobs, 500).minimize(lambda k: 10 + 3 * abs(k[0] - 4) + 3 * abs(k[1] - 1)).value
+    assert list(found) == [4, 1] + [2] * 18
+
+
+@pytest.mark.parametrize("budget", [150, 666])
+def test_nevergrads_realistic_scenario(budget):
+    # Its test_ngopt_on_simple_realistic_scenario: a rate, an integer and a choice.
+    def training(rate, batch, architecture):
+        return (rate - 0.2) ** 2 + (batch - 4) ** 2 + (0 if architecture == "conv" else 10)
+
+    knobs = ng.p.Instrumentation(
+        rate=ng.p.Log(lower=0.001, upper=1.0),
+        batch=ng.p.Scalar(lower=1, upper=12).set_integer_casting(),
+        architecture=ng.p.Choice(["fc", "conv"]),
+    )
+    recommendation = make(knobs, budget).minimize(training)
+    assert training(**recommendation.kwargs) < 1.0006
+
+
+def test_levels_of_every_kind():
+    knobs = ng.p.Dict(
+        a=ng.p.Array(init=[2.0, 4.0]).set_bounds(1, 4).set_integer_casting(),
+        b=ng.p.Choice(["x", "y", "z"]),
+        c=ng.p.TransitionChoice(list(range(5))),
+        d=ng.p.Log(lower=0.1, upper=10),
+    )
+    levels = spaces.Levels(knobs)
+    assert list(levels.positions) == [0, 1, 2, 3, 4, 5]
+    assert list(levels.integers) == [True, True, False, False, False, True]
+    x = levels.snap(np.zeros(7))
+    start = knobs.spawn_child().set_standardized_data(x).value
+    assert list(start["a"]) == [2, 4] and start["b"] == "x" and start["c"] == 2
+    down, up = levels.neighbours(x, 0.1)
+    for direction, expected in ((down, ([1, 3], 1)), (up, ([3, 4], 3))):
+        moved = x.copy()
+        moved[levels.positions] += direction
+        value = knobs.spawn_child().set_standardized_data(moved).value
+        assert (list(value["a"]), value["c"]) == expected
+    rng = np.random.RandomState(0)
+    seen = set()
+    for _ in range(50):
+        moved = x.copy()
+        moved[levels.positions] += levels.draw(rng, x, 0.1, 0.5)
+        seen.add(knobs.spawn_child().set_standardized_data(moved).value["b"])
+    assert seen == {"x", "y", "z"}
+
+
+# -- the parts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_step_minimises_the_model_within_the_radius(seed):
+    rng = np.random.default_rng(seed)
+    root = rng.standard_normal((3, 3))
+    matrix = root @ root.T - (2.0 if seed % 2 else 0.0) * np.eye(3)
+    model = step.Quadratic(np.array([0, 2, 3]), matrix, 0.5)
+    gradient, radius = rng.standard_normal(5), float(rng.uniform(0.1, 3))
+    found = model.minimise(gradient, radius, np.ones(5, dtype=bool))
+    assert np.linalg.norm(found) <= radius * (1 + 1e-9)
+
+    def value(s):
+        return gradient @ s + 0.5 * s @ model.product(s)
+
+    for _ in range(3000):
+        other = rng.standard_normal(5)
+        other *= radius * rng.random() ** 0.2 / np.linalg.norm(other)
+        assert value(found) <= value(other) + 1e-9
+
+
+def test_curvature_of_a_quadratic_is_learnt():
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((4, 4))
+    hessian = root @ root.T + np.eye(4)
+    curvature = step.Curvature()
+    for s in np.linalg.qr(rng.standard_normal((4, 4)))[0]:
+        curvature.learn(s, hessian @ s, 0.0)
+    last = curvature.pairs[-1][0]
+    np.testing.assert_allclose(curvature.quadratic(4).product(last), hessian @ last)
+
+
+def test_probes_lengthen_and_shorten():
+    # A parabola with its minimum at 6, one at 0.05, and one that the first probe meets.
+    for best, expected in ((6.0, 4.0), (0.05, 0.1), (1.0, None)):
+        cost = (1 - best) ** 2 - best**2
+        assert step.next_probe([(1.0, cost)], 0.0, -2 * best, 0.0) == expected
+    assert step.next_probe([(1.0, 0.1)], 0.0, -1.0, error=0.5) is None  # noise, no reason
+
+
+def test_recommendation_carries_its_loss():
+    optimizer = make(20)
+    play(optimizer, bowl, 60)
+    recommendation = optimizer.recommend()
+    assert recommendation.loss == pytest.approx(bowl(recommendation.value))
+
+
+def test_never_told_asks_do_not_grow_the_pickle():
+    optimizer, sizes = make(20), []
+    for k in range(6000):
+        optimizer.ask()
+        if k >= 2000 and k % 500 == 0:
+            sizes.append(len(pickle.dumps(optimizer)))
+    assert sizes[-1] < 1.05 * sizes[0]
+
+
+def test_options_that_do_not_go_together():
+    with pytest.raises(ValueError, match=r"max_regression is 1\.0 with"):
+        ParametrizedCONGO(max_regression=1.0, learning_rate=0.1)
+    with pytest.raises(ValueError, match="normalize is True without a learning_rate"):
+        ParametrizedCONGO(normalize=True)
+    with pytest.raises(ValueError, match="max_regression is 0"):
+        ParametrizedCONGO(max_regression=0)
