@@ -221,33 +221,34 @@ def zoro_fa(state: Generated, d: int, rng: np.random.Generator) -> tp.Iterator[n
     """ZORO-FA (arXiv 2501.11616): sparse gradients of doubling sparsity, then finite differences.
 
     A step is taken if the decrease is what its length and the gradient promise; else sparsity and
-    inverse step length double, until there are as many measurements as dimensions.
+    inverse step length double, until there are as many measurements as dimensions. The first step
+    has length 1.
     """
-    x, inverse, accuracy = np.zeros(d), 1.0, 1e-4
+    x, inverse, accuracy = np.zeros(d), 0.0, 1e-4
     cost = yield x
     while True:
-        sparsity, shrunk = 2, inverse
-        while True:
-            m = math.ceil(2 * sparsity * math.log(d / sparsity)) if sparsity < d else d
-            full = m >= d
-            rows = np.eye(d) if full else rng.choice([-1.0, 1.0], (m, d))
-            h = accuracy if full else accuracy / math.sqrt(d)
-            y = np.zeros(len(rows))
-            for j in range(len(rows)):
-                y[j] = ((yield x + h * rows[j]) - cost) / h
-            gradient = y if full else recovery.cosamp(rows, y, sparsity).dense(d)
+        sparsity, shrunk, full = 2, inverse, False
+        for _ in range(60):
+            if not full:
+                m = math.ceil(2 * sparsity * math.log(d / sparsity)) if sparsity < d else d
+                full = m >= d
+                rows = np.eye(d) if full else rng.choice([-1.0, 1.0], (m, d))
+                h = accuracy if full else accuracy / math.sqrt(d)
+                y = np.zeros(len(rows))
+                for j in range(len(rows)):
+                    y[j] = ((yield x + h * rows[j]) - cost) / h
+                gradient = y if full else recovery.cosamp(rows, y, sparsity).dense(d)
+            size = float(np.linalg.norm(gradient))
+            shrunk = shrunk or size or 1.0
             moved = x - gradient / shrunk
             after = yield moved
-            if cost - after >= 0.1 * float(gradient @ gradient) / shrunk:
-                x, cost = moved, after
-                inverse = max(shrunk / 2, 1e-8)
+            if cost - after >= 0.1 * size**2 / shrunk:
+                x, cost, inverse = moved, after, shrunk / 2
                 state.best = x
                 break
-            if shrunk > 1e12:
-                inverse = 1.0
-                cost = yield x
-                break
             sparsity, shrunk = min(2 * sparsity, d), 2 * shrunk
+        else:
+            cost, inverse = (yield x), 0.0
 
 
 OWN = {"one coordinate": coordinates, "ZORO-FA": zoro_fa}
@@ -266,7 +267,9 @@ def play(problem: Problem, method: str, seed: int) -> dict[str, float]:
     if method in OWN:
         optimizer, workers = Generated(OWN[method], parametrization, seed), 1
     else:
-        optimizer = ng.optimizers.registry[method](parametrization, problem.budget, workers)
+        algorithm = ng.optimizers.registry[method]
+        workers = 1 if algorithm.no_parallelization else workers
+        optimizer = algorithm(parametrization, problem.budget, workers)
         start_value = optimizer.parametrization.value
     rng = np.random.default_rng([seed, 3])
     number, paid = 0, []

@@ -123,6 +123,10 @@ def measure(name: str, seeds: int) -> dict[str, tp.Any]:
     }
     optimizers = {
         "CONGO": (m + 1, ParametrizedCONGO(variant="adaptive", **common)),
+        "CONGO, no learning rate": (
+            m + 1,
+            ParametrizedCONGO(radius=RADIUS, num_measurements=m),
+        ),
         "CONGO_E": (m + 1, ParametrizedCONGO(variant="E", **told)),
         "CONGO_Z": (m + 1, ParametrizedCONGO(variant="Z", **told)),
         "CONGO_B": (

@@ -18,7 +18,7 @@ import numpy as np
 from nevergrad.common import errors
 from nevergrad.optimization import base, utils
 
-from . import estimates, noises, sensing, spaces, step
+from . import estimates, noises, rounds, sensing, spaces, step
 
 FloatArray = np.ndarray
 
@@ -66,75 +66,6 @@ class Round:
     perturbation: float
     step: float
     skipped: str
-
-
-class _Open:
-    """The round in progress: what was asked for around a base point, and what was told.
-
-    Attributes:
-        point: the base point, ``[d]``.
-        measurements: the perturbations.
-        base: losses told at the base point.
-        losses: losses told at perturbations, by their place among the measurements.
-        places: places of the perturbations that may still be told, by number.
-    """
-
-    def __init__(self, number: int, measurements: estimates.Measurements) -> None:
-        self.number = number
-        self.measurements = measurements
-        self.point = measurements.base
-        self.base: list[_Loss] = []
-        self.losses: dict[int, _Loss] = {}
-        self.places: dict[int, int] = {}
-        self.uids: dict[int, str] = {}
-        self.asked = 0
-        self.base_asked = 0
-        self.reference_asked = False
-        self.reference_wanted = False
-        self.reference: _Loss | None = None
-        self.mixing: FloatArray | None = None
-        self.slopes: FloatArray | None = None  # what is expected at the base point, and how much
-        self.rise = 0.0  # more than at the iterate it is expected to cost
-
-    def told(self, repeats: bool) -> int:
-        """Answers so far, repeats of the base point counted or not."""
-        return (len(self.base) if repeats else bool(self.base)) + len(self.losses)
-
-
-class _Loss(tp.NamedTuple):
-    loss: float  # NaN: failed
-    violation: float
-
-
-@dataclasses.dataclass
-class _Value:
-    """The cost at a point: what was measured, and its standard error."""
-
-    loss: float
-    violation: float
-    error: float
-
-
-@dataclasses.dataclass
-class _Plan:
-    """A step being tried: ``step`` from the iterate times ``factor``, the jumps of levels apart."""
-
-    step: FloatArray
-    jump: FloatArray
-    slope: float
-    quadratic: float
-    jump_gain: float
-    factor: float = 1.0
-    probes: list[tuple[float, float, _Loss]] = dataclasses.field(default_factory=list)
-    settled: bool = False
-
-    def moved(self, factor: float) -> FloatArray:
-        return factor * self.step + (self.jump if factor >= 1 else 0.0)
-
-    def predicted(self, factor: float) -> float:
-        """The decrease that the model predicts."""
-        gain = -factor * self.slope - 0.5 * factor**2 * self.quadratic
-        return gain + (self.jump_gain if factor >= 1 else 0.0)
 
 
 class _CONGO(base.Optimizer):
@@ -205,20 +136,21 @@ class _CONGO(base.Optimizer):
         self._unsure = False  # evaluations failed near the iterate, and it is not evaluated yet
         self._length = c.delta or (0.1 if c.variant == "adaptive" else 0.05)
         self._first_length = self._length
+        self._moves = 0.0  # times that the cost was seen to have changed, lately
         self._longest = math.inf  # longer ones fail, as far as is known
         self._penalty = 0.0
         self._noise = noises.Noise()
-        self._value: _Value | None = None
+        self._value: rounds.Value | None = None
         self._slopes: FloatArray | None = None  # the gradient at the iterate
         self._bend = 0.0  # what perturbations add, per squared length
         self._excess = noises.Excess()
         self._curvature = step.Curvature()
         self._radius = 0.0
-        self._plan: _Plan | None = None
+        self._plan: rounds.Plan | None = None
         self._round_number = 0
         self._count = 0
         self._stale: list[str] = []
-        self._round: _Open
+        self._round: rounds.Open
         self._open(self._x)
 
     # -- a round -----------------------------------------------------------------------------
@@ -239,7 +171,7 @@ class _CONGO(base.Optimizer):
             self._levels.positions,
             self._levels.positions[self._levels.integers],
         )
-        self._round = _Open(self._round_number, measurements)
+        self._round = rounds.Open(self._round_number, measurements)
 
     @property
     def _complete(self) -> bool:
@@ -433,25 +365,25 @@ class _CONGO(base.Optimizer):
             self._finish()
 
     @staticmethod
-    def _as_loss(candidate: ng.p.Parameter, loss: float) -> _Loss:
+    def _as_loss(candidate: ng.p.Parameter, loss: float) -> rounds.Loss:
         violation = candidate._meta.get(_VIOLATION, 0.0)
         if violation:
             assert candidate.loss is not None
             loss = candidate.loss
-        return _Loss(loss if abs(loss) < _FAILED else math.nan, violation)
+        return rounds.Loss(loss if abs(loss) < _FAILED else math.nan, violation)
 
     def _internal_tell_not_asked(self, candidate: ng.p.Parameter, loss: float) -> None:
         """A better point from outside becomes the iterate: the warm start."""
         if _META in candidate._meta or not abs(loss) < _FAILED:
             return  # told twice, or too late; or failed
-        if loss < self._x_loss:
+        if loss < (self._x_loss if self._value is None else self._value.loss):
             self._x_loss = loss
             data = candidate.get_standardized_data(reference=self.parametrization)
-            self._x = self._project(np.array(data, dtype=float))
+            self._x = self._projected(np.array(data, dtype=float))
             self._value, self._slopes, self._plan = None, None, None
             self._open(self._x)
 
-    def _merit(self, told: _Loss | _Value) -> float:
+    def _merit(self, told: rounds.Loss | rounds.Value) -> float:
         return told.loss + self._penalty * told.violation
 
     # -- probes ------------------------------------------------------------------------------
@@ -463,7 +395,7 @@ class _CONGO(base.Optimizer):
         if not r.base or len(r.measurements) > (self.evaluations_per_round - 1) // 2:
             return
         if r.reference is not None and r.reference.loss == r.reference.loss:
-            fresh = _Value(*r.reference, self._noise.size)
+            fresh = rounds.Value(*r.reference, self._noise.size)
             self._refresh(fresh)
         start = self._merit(self._value)
         cost = self._merit(r.base[0])
@@ -480,6 +412,8 @@ class _CONGO(base.Optimizer):
             factor = 0.25 * plan.factor if len(plan.probes) < 8 else None
         else:
             factor = step.next_probe([probe[:2] for probe in plan.probes], start, plan.slope, error)
+        if factor is not None and factor > plan.factor and self._restless:
+            factor = None
         if factor is not None and not self._safe(factor * plan.step, plan.slope * factor):
             factor = None
         if factor is not None:
@@ -504,12 +438,15 @@ class _CONGO(base.Optimizer):
         elif best != plan.factor:
             plan.factor = best
             trial = self._trial(plan)
-            assert trial is not None
+            if trial is None:
+                self._plan = None
+                self._open(self._x)
+                return
             self._open(trial)
             self._round.base_asked = 1
             self._round.base.append(told)
 
-    def _refresh(self, fresh: _Value) -> None:
+    def _refresh(self, fresh: rounds.Value) -> None:
         """Takes in a new measurement of the iterate; notices a world that has moved."""
         old = self._value
         if old is not None:
@@ -517,7 +454,7 @@ class _CONGO(base.Optimizer):
             if change <= 2 * _CLEAR * math.hypot(fresh.error, old.error):
                 if old.error > 0 and fresh.error > 0:
                     weight = old.error**2 / (old.error**2 + fresh.error**2)
-                    fresh = _Value(
+                    fresh = rounds.Value(
                         old.loss + weight * (fresh.loss - old.loss),
                         fresh.violation,
                         old.error * math.sqrt(1 - weight),
@@ -531,9 +468,18 @@ class _CONGO(base.Optimizer):
         self._curvature = step.Curvature()
         self._excess = noises.Excess()
         self._scale_length(max(1.0, min(4.0, self._first_length / self._length)))
-        self._radius = max(self._radius, self._length * math.sqrt(self.dimension))
+        self._moves += 1.0
+        if self._restless:
+            self._radius = max(0.5 * self._radius, self._length)
+        else:
+            self._radius = max(self._radius, self._length * math.sqrt(self.dimension))
 
-    def _trial(self, plan: _Plan) -> FloatArray | None:
+    @property
+    def _restless(self) -> bool:
+        """Whether the cost keeps changing: a step that pays now may not pay for long."""
+        return self._moves > 1.5
+
+    def _trial(self, plan: rounds.Plan) -> FloatArray | None:
         """The point of a plan, within bounds and cheap constraints; None if there is none."""
         for attempt in range(20):
             point = self._projected(self._x + plan.moved(plan.factor))
@@ -565,12 +511,12 @@ class _CONGO(base.Optimizer):
         places = sorted(i for i, told in r.losses.items() if told.loss == told.loss)
         paid = [told.loss for told in base_told] + [r.losses[i].loss for i in places]
         center = (
-            _Loss(
+            rounds.Loss(
                 sum(told.loss for told in base_told) / len(base_told),
                 sum(told.violation for told in base_told) / len(base_told),
             )
             if base_told
-            else _Loss(math.nan, 0.0)
+            else rounds.Loss(math.nan, 0.0)
         )
         self._raise_penalty(center, [r.losses[i] for i in places])
         costs = np.array([self._merit(r.losses[i]) for i in places])
@@ -605,7 +551,7 @@ class _CONGO(base.Optimizer):
                 self._judge(plan, estimate, center, told)
             elif base_told and (plan is None or skipped == _PLATEAU):
                 if plan is None:
-                    self._refresh(_Value(*center, self._noise.size))
+                    self._refresh(rounds.Value(*center, self._noise.size))
             elif plan is not None:
                 self._radius *= 0.25
             if estimate is not None and not skipped:
@@ -621,6 +567,7 @@ class _CONGO(base.Optimizer):
             self._unsure = any(t.loss != t.loss for t in [*r.base, *r.losses.values()])
         self.gradient = np.zeros(self.dimension) if estimate is None else estimate.gradient
         self.num_rounds += 1
+        self._moves *= 0.9
         self._report(r, estimate, told.size + len(base_told), paid, before, skipped)
         trial = None if self._plan is None else self._trial(self._plan)
         if trial is None:
@@ -629,7 +576,7 @@ class _CONGO(base.Optimizer):
 
     def _report(
         self,
-        r: _Open,
+        r: rounds.Open,
         estimate: estimates.Estimate | None,
         used: int,
         paid: list[float],
@@ -696,7 +643,7 @@ class _CONGO(base.Optimizer):
         steps = self._round.measurements.steps(told, model.coupled)
         return 0.5 * ((steps @ model.matrix) * steps).sum(axis=1)
 
-    def _raise_penalty(self, center: _Loss, told: list[_Loss]) -> None:
+    def _raise_penalty(self, center: rounds.Loss, told: list[rounds.Loss]) -> None:
         """The price of a unit of violation: enough to turn the cost's slope around."""
         if not center.violation > 0 or len(told) < 2:
             return
@@ -711,9 +658,9 @@ class _CONGO(base.Optimizer):
 
     def _judge(
         self,
-        plan: _Plan | None,
+        plan: rounds.Plan | None,
         estimate: estimates.Estimate,
-        center: _Loss,
+        center: rounds.Loss,
         told: np.ndarray,
     ) -> None:
         """Moves the iterate to the round's base point, or leaves it where it was."""
@@ -721,7 +668,7 @@ class _CONGO(base.Optimizer):
         noise = self._noise.learn_fit(estimate.noise)
         rounding = 4e-16 * abs(center.loss)
         exact = noise == 0
-        value = _Value(
+        value = rounds.Value(
             center.loss if exact else estimate.value - self._penalty * center.violation,
             center.violation,
             max(2.0 * noise / math.sqrt(told.size + 1), rounding),
@@ -750,7 +697,7 @@ class _CONGO(base.Optimizer):
             agreement = actual / predicted
             if agreement < 0.25:
                 self._radius = 0.5 * length
-            elif agreement > 0.5 and length > 0.8 * self._radius:
+            elif agreement > 0.5 and length > 0.8 * self._radius and not self._restless:
                 self._radius = 2.0 * length
         self._x, self._value, self._slopes = r.point, value, estimate.gradient
         self._bend = estimate.bend if estimate.bend == estimate.bend else 0.0
@@ -786,7 +733,7 @@ class _CONGO(base.Optimizer):
         slope, quadratic = float(gradient @ move), float(move @ model.product(move))
         gain = 0.0
         if slope < 0 or jump_gain > 0:
-            self._plan = _Plan(move, jump, slope, quadratic, jump_gain)
+            self._plan = rounds.Plan(move, jump, slope, quadratic, jump_gain)
             gain = self._plan.predicted(1.0)
         self._adapt_length(estimate, gain)
         return ""
@@ -958,6 +905,11 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
     ``num_workers`` up to ``evaluations_per_round`` they all run at once. An optimizer runs online,
     for as long as it is asked (``budget=None``), and recommends its current iterate.
 
+    Without a learning rate a step minimises a quadratic model within a trust radius. It is tried
+    by one evaluation before a round is spent on it, lengthened or shortened by what that tells, and
+    taken back if it is measured to be worse beyond the noise. Multiplying the cost by a number
+    changes nothing.
+
     Lengths and gradients are in Nevergrad's standardised space: unit 1 is the standard deviation of
     a mutation, a sixth of the range of a variable with two bounds.
 
@@ -969,17 +921,24 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
             noise and curvature. All use least squares where there are as many measurements as
             dimensions.
         sparsity: entries of the gradient that matter at a time. B, Z and E recover that many (B:
-            only through ``num_measurements``). Default: a tenth of the dimension, 1 to 10.
-        num_measurements: ``m``; default ``ceil(2 s ln(d / s))``, at most ``d``; the
-            adaptive variant adds what fills the last batch of ``num_workers``, up to ``d``.
+            and adaptive: only through ``num_measurements``). Default: a tenth of the dimension, 1
+            to 10.
+        num_measurements: ``m``; default ``ceil(2 s ln(d / s))``, at most ``d`` (with integers or
+            choices at least 8, or ``2 d``); the adaptive variant adds what fills the last batch of
+            ``num_workers``, up to ``d``.
         num_perturbations: simultaneous perturbations of a round in variant B; default ``3 m``.
-        learning_rate: step size, or a function of the number of completed rounds (a module-level
-            function if the optimizer is to be pickled).
+        learning_rate: the paper's step: a size, or a function of the number of completed rounds (a
+            module-level function if the optimizer is to be pickled). Steps are then not taken
+            back. Default: none, the trust region.
         delta: B, Z, E: a row ``p`` is measured at ``x + delta p / |p|^2``; default 0.05. Adaptive:
             the length per variable to begin with; default 0.1.
         radius: iterates stay in the ball of that radius around the initial point.
-        normalize: step along the unit gradient (the paper's queueing runs).
+        normalize: with a learning rate, step along the unit gradient (the paper's queueing runs).
         max_gradient_norm: an estimate beyond it is not followed: the round takes no step.
+        max_regression: without a learning rate: no measurement is asked for that the fitted model
+            expects to cost more than this, in the cost's unit, above the iterate. Likely, not
+            certain: the model is of the last round, and the first round has none; it begins with
+            perturbations a quarter as long and halves them with each measurement that is above.
 
     Raises:
         ValueError: for an option out of its range.

@@ -146,10 +146,8 @@ class Levels:
             length: a step this long is taken if levels lie closer than that, else one level.
         """
         down, up = np.zeros(self.positions.size), np.zeros(self.positions.size)
-        start = 0
-        owned = self.positions
         for part, leaf, least, most in self._integers:
-            start = int(np.searchsorted(owned, part.start))
+            start = int(np.searchsorted(self.positions, part.start))
             here = slice(start, start + leaf.dimension)
             value = _value(leaf, x[part])
             for sign, out in ((-1, down), (1, up)):

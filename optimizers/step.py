@@ -20,7 +20,10 @@ FloatArray = np.ndarray
 _PAIRS = 12
 # Coordinates whose mutual curvature is modelled; the others share one number.
 _COUPLED = 96
-# A line search gives up after as many probes.
+# The line search lengthens a step so much at most: where the cost changes from round to round, what
+# pays now may not pay for long.
+_LONGEST = 4.0
+# It gives up after as many probes.
 _PROBES = 8
 
 
@@ -161,4 +164,4 @@ def next_probe(
     if cost >= start - error or any(cost >= other - error for _, other in probes[:-1]):
         return None
     target = -slope / (2 * bend) / t if bend > 0 else math.inf
-    return t * min(target, 4.0) if target > 1.5 else None
+    return min(t * target, _LONGEST) if target > 1.5 and t < _LONGEST else None

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     "command",
     [
+        ["benchmarks/congo_problems.py", "--quick"],
         ["benchmarks/congo_quadratics.py", "--quick"],
         ["benchmarks/congo_queueing.py", "--quick"],
         ["benchmarks/congo_scaling.py", "--quick"],
