@@ -792,11 +792,11 @@ class _CONGO(base.Optimizer):
         square = self._length**2
         noise = self._noise.size if math.isnan(estimate.noise) else estimate.noise
         self._excess.learn(estimate.bend, noise / math.sqrt(n) / square)
-        paid = self._excess.bend * square
+        paid = 1.25 * self._excess.bend * square  # the mean over the two lengths
         error = noise / math.sqrt(n)
-        if paid > _CLEAR * error and paid > gain:
+        if paid > max(error, gain):
             self._scale_length(max(math.sqrt(max(gain, 0.0) / paid), 0.5))
-        elif paid < max(error, gain) and (
+        elif paid < max(0.5 * error, gain) and (
             estimate.residual >= 0.3 or noise >= 0.3 * estimate.signal > 0
         ):
             spread = estimate.spread if estimate.spread > 0 else 1.0
