@@ -177,9 +177,9 @@ def test_chunks_of_a_prompt_are_stored_and_not_valued(llm, monkeypatch):
     seen: dict[str, list[int]] = {"store": [], "values": []}
 
     def noting(name, call):
-        def called(engine, slots, lengths, *arguments):
+        def called(engine, slots, lengths, *arguments, **options):
             seen[name] += lengths.tolist()
-            return call(engine, slots, lengths, *arguments)
+            return call(engine, slots, lengths, *arguments, **options)
 
         monkeypatch.setattr(ValueEngine, name, called)
 

@@ -643,6 +643,6 @@ def test_what_could_not_be_served_is_not_distilled_into(tmp_path, trained):
     from trimtab.trainers import MAVISDistillationConfig, MAVISDistillationTrainer
 
     base = unservable(tmp_path / "base")
-    args = MAVISDistillationConfig(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    args = MAVISDistillationConfig(str(tmp_path / "out"), num_hidden_layers=2, report_to="none")
     with pytest.raises(ValueError, match="a backbone of type 'diffllama' is not supported: after"):
         MAVISDistillationTrainer(base, str(trained[2]), args, tmp_path / "rollouts")
