@@ -76,6 +76,7 @@ def answer(
                 top_k=TOP_K,
                 rerank=rerank,
                 attention_mask=batch["attention_mask"],
+                model=base,
                 dtype=torch.bfloat16,
             )
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import ValueEngine
+    from .heads import MAVISValueHeads
     from .params import GuidanceParams
     from .search import SearchOutput, beam_search, best_of_n
     from .value_model import MAVISValueConfig, MAVISValueModel
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "GuidanceParams": "params",
     "MAVISValueConfig": "value_model",
+    "MAVISValueHeads": "heads",
     "MAVISValueModel": "value_model",
     "SearchOutput": "search",
     "ValueEngine": "engine",
@@ -24,6 +26,7 @@ _MODULES = {
 __all__ = [
     "GuidanceParams",
     "MAVISValueConfig",
+    "MAVISValueHeads",
     "MAVISValueModel",
     "SearchOutput",
     "ValueEngine",

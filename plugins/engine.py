@@ -73,6 +73,12 @@ class ValueEngine:
         self.max_length = max_length
         self.prefill_tokens = prefill_tokens
         self.models = list(models)
+        for model in self.models:
+            if model.config.head_type == "hidden":
+                raise ValueError(
+                    f"the value heads for {model.config.objectives} read the base model's hidden "
+                    "state and run no model of their own: guide with them by a MAVISLogitsProcessor"
+                )
         families: dict[int, list[int]] = {}
         for i, model in enumerate(self.models):
             families.setdefault(id(model.backbone), []).append(i)

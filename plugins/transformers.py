@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import LogitsProcessor
+from transformers.utils import logging
 
 from .adapters import load_value_models
 from .engine import GIB, ValueEngine
 from .guide import Guide
+from .heads import HeadGuide, MAVISValueHeads, are_heads
+from .hidden_states import OutputLayerInput, check_base_weights
 from .params import GuidanceParams, check_number, parse_weights
-from .value_model import MAVISValueModel, tokenizer_fingerprint
+from .value_model import MAVISValueModel, base_model_fingerprint, tokenizer_fingerprint
+
+logger = logging.get_logger(__name__)
 
 
 class MAVISLogitsProcessor(LogitsProcessor):
@@ -21,7 +26,8 @@ class MAVISLogitsProcessor(LogitsProcessor):
 
     Greedy search, sampling, beam search and assisted decoding all work: a row whose tokens are not
     last step's with one more is taken up from where they differ. One object serves any number of
-    `generate` calls, one at a time.
+    `generate` calls, one at a time. Heads on the base model's hidden state need the `model`, and
+    guide all of that but assisted decoding, which they refuse.
 
     Args:
         value_models: Value models, or folders or hub ids of them; or just one.
@@ -33,6 +39,8 @@ class MAVISLogitsProcessor(LogitsProcessor):
         attention_mask: `[batch, prompt_length]`, the mask given to `generate`. Needed when prompts
             are padded on the left, and then set anew before each call.
         tokenizer: The base model's, to check that the value models were trained with it.
+        model: The base model, whose hidden states heads read. With these, no `attention_mask` is
+            needed.
         rerank: Number of candidates that an action head's model reads at their own position, as a
             state head does: the likeliest by the action head. See [`Guide`][trimtab.plugins.guide].
         prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
@@ -54,7 +62,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str,
+        value_models: Sequence[MAVISValueModel | MAVISValueHeads | str] | MAVISValueModel | str,
         *,
         weights: Mapping[str, float] | Sequence[float],
         beta: float = 1.0,
@@ -62,6 +70,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         kl_budget: float | None = None,
         attention_mask: torch.Tensor | None = None,
         tokenizer: Any = None,
+        model: Any = None,
         rerank: int = 0,
         prune_eps: float = 0.0,
         dtype: torch.dtype | None = None,
@@ -91,12 +100,29 @@ class MAVISLogitsProcessor(LogitsProcessor):
         memory = check_number("kv_cache_memory_gib", kv_cache_memory_gib, 1e-6, 1e6)
         self._kv_cache_memory = int(memory * GIB)
         self._guide: Guide | None = None
+        self._heads: HeadGuide | None = None
+        self._watched: OutputLayerInput | None = None
+        if are_heads(self._models):
+            if model is None:
+                raise ValueError(
+                    "these value models are heads on the base model's hidden state: pass it as "
+                    "MAVISLogitsProcessor(..., model=model)"
+                )
+            if rerank or prune_eps:
+                raise ValueError(
+                    f"rerank {rerank} and prune_eps {prune_eps} are for value models with a "
+                    "backbone, heads read all candidates at once: leave them at 0"
+                )
+            for config in configs:
+                _check_base_model(config, model)
+            self._watched = OutputLayerInput(model)
         self._forget()
 
     def _forget(self) -> None:
         """Begin again: no row's tokens are known."""
         self._tokens = torch.zeros((0, 0), dtype=torch.int64)  # [batch, length] of the last step
         self._padding = np.zeros(0, dtype=np.int64)
+        self._shape = (0, 0)  # of the last step, with heads
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -124,6 +150,8 @@ class MAVISLogitsProcessor(LogitsProcessor):
         """
         if not self.params.guides:
             return scores
+        if self._watched is not None:
+            return self._read_heads(self._watched, input_ids, scores)
         batch, length = input_ids.shape
         guide = self._guide_for(batch, scores)
         tokens = input_ids.cpu()
@@ -148,17 +176,38 @@ class MAVISLogitsProcessor(LogitsProcessor):
         self._tokens, self._padding = tokens, padding
         return torch.full_like(scores, -torch.inf).scatter_(1, candidates, log_policy)
 
+    def _read_heads(
+        self, watched: OutputLayerInput, input_ids: torch.Tensor, scores: torch.Tensor
+    ) -> torch.Tensor:
+        (batch, length), passes = input_ids.shape, watched.passes
+        goes_on = (batch, length) == (self._shape[0], self._shape[1] + 1)
+        self._shape = (batch, length)
+        hidden = watched.take()
+        # Within a `generate` call the model runs once a step. It does not in assisted decoding,
+        # nor with a processor that runs it (classifier-free guidance): the rows are others then.
+        if hidden is None or len(hidden) != len(scores) or (goes_on and passes > 1):
+            read = None if hidden is None else len(hidden)
+            raise ValueError(
+                f"value heads read the model's hidden state once a step, and for {len(scores)} "
+                f"rows of scores it ran {passes} times, the last time with {read} rows: assisted "
+                "decoding and processors that run the model do not go with heads; use a value "
+                "model that has a backbone (head_type 'state')"
+            )
+        heads = self._heads
+        if heads is None or heads.device != scores.device:
+            self._check_vocabulary(scores)
+            heads = self._heads = HeadGuide(self._models, 1, scores.device)
+            heads.start(0, self.params)
+        rows = heads.plan(np.zeros(len(scores), dtype=np.int64))[0]
+        candidates, log_policy, _ = heads.log_probs(scores, hidden.to(scores.device), rows)
+        return torch.full_like(scores, -torch.inf).scatter_(1, candidates, log_policy)
+
     def _guide_for(self, batch: int, scores: torch.Tensor) -> Guide:
         """The guide, with a slot for every row."""
         if self._guide is not None and len(self._guide.guided) >= batch:
             return self._guide
         configs = [model.config for model in self._models]
-        for config in configs:
-            if config.vocab_size != scores.shape[-1]:
-                raise ValueError(
-                    f"the value model for {config.objectives} has a vocabulary of "
-                    f"{config.vocab_size} tokens, the base model has {scores.shape[-1]}"
-                )
+        self._check_vocabulary(scores)
         default = torch.float32 if scores.device.type == "cpu" else torch.bfloat16
         engine = ValueEngine(
             self._models,
@@ -173,6 +222,14 @@ class MAVISLogitsProcessor(LogitsProcessor):
             self._guide.start(slot, self.params)
         self._forget()
         return self._guide
+
+    def _check_vocabulary(self, scores: torch.Tensor) -> None:
+        for config in (model.config for model in self._models):
+            if config.vocab_size != scores.shape[-1]:
+                raise ValueError(
+                    f"the value model for {config.objectives} has a vocabulary of "
+                    f"{config.vocab_size} tokens, the base model has {scores.shape[-1]}"
+                )
 
     def _leading_padding(self, tokens: torch.Tensor) -> np.ndarray:
         """Number of padding tokens before each row's prompt, `[batch]` int64."""
@@ -211,9 +268,28 @@ class MAVISLogitsProcessor(LogitsProcessor):
         return np.repeat(padding, batch // len(mask))
 
 
+def _check_base_model(config: Any, model: Any) -> None:
+    """Refuses heads of another checkpoint than `model` was loaded from."""
+    name = model.config.name_or_path
+    if config.base_model_fingerprint != base_model_fingerprint(model.config):
+        raise ValueError(
+            f"the value heads for {config.objectives} read the hidden states of "
+            f"{config.base_model!r}, and {name!r} is of another architecture: train heads on it"
+        )
+    changed = None
+    if getattr(model.config, "quantization_config", None) is not None:
+        changed = "a quantisation"
+    elif getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        changed = "an adapter"
+    warning = check_base_weights(config, name, changed)
+    if warning:
+        logger.warning(warning)
+
+
 def open_value_models(
-    value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str, dtype: torch.dtype
-) -> list[MAVISValueModel]:
+    value_models: Sequence[MAVISValueModel | MAVISValueHeads | str] | MAVISValueModel | str,
+    dtype: torch.dtype,
+) -> list[Any]:
     """Value models that guide together, loaded where they are given by folder or hub id.
 
     Raises:

@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 from .params import MAX_TOP_K, check_integer, check_number, check_objective_name, quote
 
-HEAD_TYPES = ("state", "action")
+HEAD_TYPES = ("state", "action", "hidden")
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
@@ -40,7 +40,8 @@ class MAVISValueConfig(PreTrainedConfig):
     r"""Configuration of a [`MAVISValueModel`].
 
     Args:
-        backbone_config: Configuration of the causal decoder that reads the tokens.
+        backbone_config: Configuration of the causal decoder that reads the tokens; None where the
+            heads read the base model's own hidden state.
         objectives: Name of each output of the head, in order.
         reward_mean: Mean of each objective's reward under the base model, in the reward's unit.
         reward_std: What a value of 1 stands for, in the reward's unit, positive: the standard
@@ -49,12 +50,20 @@ class MAVISValueConfig(PreTrainedConfig):
         head_type: `"state"`: the value of a candidate is read at the candidate's own position.
             `"action"`: the values of all candidates are read at the prefix's last position,
             `Q_i(s, a) = V_i(s) + <U_i h(s), P(e(a))>`, with `e` the backbone's token embedding
-            and `P` an [`ActionEmbedding`].
+            and `P` an [`ActionEmbedding`]. `"hidden"`: likewise, from the hidden state that the
+            base model's output layer reads, see [`MAVISValueHeads`][trimtab.plugins.heads].
         action_rank: Width of `U_i h` and `P` of an action head.
+        head_width: Width of the layers of heads on the base model's hidden state.
+        base_hidden_size: Width of that hidden state.
+        base_embedding_size: Width of the base model's token embedding.
+        base_vocab_size: Tokens that the base model has logits for.
+        base_weights_fingerprint: See [`weights_fingerprint`][trimtab.plugins.hidden_states]; these
+            heads fit one checkpoint.
         candidate_range: Largest difference between the values of two candidates of one prefix that
             was observed, per objective; candidate pruning relies on it. None if not measured.
-        candidate_scale: Factor of the values where they guide, per objective, 0 to 1: how much of
-            the differences that they predict between candidates responses bear out. None is 1.
+        candidate_scale: Factor of the values where they guide, per objective, not negative: how
+            much of the differences that they predict between candidates responses bear out. None
+            is 1.
         top_k: Number of candidates that the model was trained to guide among.
         base_model: Name or path of the base model whose responses it was trained on.
         base_model_fingerprint: See [`base_model_fingerprint`].
@@ -74,6 +83,11 @@ class MAVISValueConfig(PreTrainedConfig):
     reward_std: list[float] | None = None
     head_type: str = "state"
     action_rank: int = 128
+    head_width: int = 128
+    base_hidden_size: int | None = None
+    base_embedding_size: int | None = None
+    base_vocab_size: int | None = None
+    base_weights_fingerprint: str | None = None
     candidate_range: list[float] | None = None
     candidate_scale: list[float] | None = None
     top_k: int = 40
@@ -110,11 +124,15 @@ class MAVISValueConfig(PreTrainedConfig):
             if self.candidate_range is not None:
                 self.candidate_range = self._numbers("candidate_range", 0.0, 0, LARGEST)
             if self.candidate_scale is not None:
-                self.candidate_scale = self._numbers("candidate_scale", 1.0, 0, 1)
+                self.candidate_scale = self._numbers("candidate_scale", 1.0, 0, LARGEST)
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"head_type must be one of {HEAD_TYPES}, got {quote(self.head_type)}")
         check_integer("action_rank", self.action_rank, 1, MAX_TOP_K)
         check_integer("top_k", self.top_k, 1, MAX_TOP_K)
+        if self.head_type == "hidden" and self.objectives is not None:
+            sizes = ("head_width", "base_hidden_size", "base_embedding_size", "base_vocab_size")
+            for field in sizes:
+                check_integer(field, getattr(self, field), 1, MAX_TOP_K)
         super().__post_init__(**kwargs)
 
     def _numbers(self, field: str, default: float, low: float, high: float) -> list[float]:
@@ -131,12 +149,16 @@ class MAVISValueConfig(PreTrainedConfig):
     @property
     def text_config(self) -> Any:
         """The backbone's configuration, or the text part of it."""
-        assert isinstance(self.backbone_config, PreTrainedConfig)
+        if not isinstance(self.backbone_config, PreTrainedConfig):
+            raise AttributeError("there is no backbone")  # transformers asks whether there is one
         return self.backbone_config.get_text_config()
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the backbone's token embedding."""
+        """Rows of the backbone's token embedding, or tokens of the base model that is read."""
+        if self.head_type == "hidden":
+            assert self.base_vocab_size is not None
+            return self.base_vocab_size
         return self.text_config.vocab_size
 
 
@@ -443,7 +465,8 @@ class MAVISValueModel(PreTrainedModel):
         """`from_pretrained` that refuses what transformers would only warn of.
 
         Args:
-            name_or_path: A folder or a hub id.
+            name_or_path: A folder or a hub id; of heads on the base model's hidden state they are
+                returned, a [`MAVISValueHeads`][trimtab.plugins.heads].
             kwargs: For `from_pretrained`, for example `dtype`.
 
         Raises:
@@ -451,6 +474,11 @@ class MAVISValueModel(PreTrainedModel):
                 or not safetensors. The message says which and what to do.
         """
         config = load_config(name_or_path)
+        model_class: Any = cls
+        if config.head_type == "hidden":
+            from .heads import MAVISValueHeads
+
+            model_class, kwargs["dtype"] = MAVISValueHeads, torch.float32
         folder = Path(name_or_path)
         if folder.is_dir() and not any(folder.glob("*.safetensors")):
             found = sorted(p.name for p in folder.iterdir())
@@ -459,7 +487,7 @@ class MAVISValueModel(PreTrainedModel):
                 "pickled weights are never loaded: save it with save_pretrained"
             )
         try:
-            loaded: Any = cls.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 name_or_path,
                 config=config,
                 use_safetensors=True,
@@ -597,7 +625,12 @@ def model_card(config: MAVISValueConfig) -> str:
         for name, mean, std, scale in objectives
     )
     base = config.base_model or "BASE_MODEL"
-    backbone = config.text_config
+    if config.head_type == "hidden":
+        reads = f"the hidden state of `{base}` itself, of width {config.base_hidden_size}"
+    else:
+        backbone = config.text_config
+        layers = backbone.num_hidden_layers
+        reads = f"a `{backbone.model_type}` of {layers} layers of width {backbone.hidden_size}"
     served = json.dumps({"mavis": {"value_models": ["THIS_MODEL"]}})
     provenance = config.provenance or {}
     made = json.dumps(provenance, indent=2)
@@ -605,6 +638,8 @@ def model_card(config: MAVISValueConfig) -> str:
     if "reward_std" in provenance:
         deviation += f" {provenance['reward_std']}"
     measured = _policies_table(provenance["iterations"]) if "iterations" in provenance else ""
+    if "held_out" in provenance:
+        measured += _efficiency_table(provenance["held_out"])
     return f"""---
 library_name: transformers
 tags: [mavis, value-model]
@@ -613,8 +648,7 @@ tags: [mavis, value-model]
 # MAVIS value model
 
 Predicts the reward that a partial response of `{base}` will end with, for value-guided decoding
-([MAVIS](https://arxiv.org/abs/2508.13415)). Backbone: `{backbone.model_type}`,
-{backbone.num_hidden_layers} layers of width {backbone.hidden_size}; head: `{config.head_type}`.
+([MAVIS](https://arxiv.org/abs/2508.13415)). Head: `{config.head_type}`, which reads {reads}.
 
 | objective | mean reward under the base model | {deviation} | scale of its values |
 | --- | --- | --- | --- |
@@ -658,6 +692,26 @@ def _policies_table(iterations: dict[str, Any]) -> str:
             ]
             kept = " (kept)" if i == iterations["kept"] else ""
             lines.append(f"| {name} | {i}{kept} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _efficiency_table(measures: dict[str, Any]) -> str:
+    """How well heads guide by held-out rollouts, in Markdown."""
+    lines = [
+        "",
+        "On held-out responses of the base model; KL efficiency is the squared gain in reward, in "
+        "variances, by two nats of KL, for weak guidance; explained variance is within a prompt; "
+        "95 % intervals:",
+        "",
+        "| objective | KL efficiency | explained variance |",
+        "| --- | --- | --- |",
+    ]
+    for name, of_objective in measures.items():
+        cells = [
+            "{value:.3f} [{low:.3f}, {high:.3f}]".format(**of_objective[measure])
+            for measure in ("kl_efficiency", "explained_variance")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

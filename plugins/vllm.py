@@ -37,6 +37,8 @@ except ModuleNotFoundError as error:
 from .adapters import load_value_models
 from .engine import GIB, History, ValueEngine, to_device
 from .guide import Guide
+from .heads import HeadGuide, MAVISValueHeads, Rows, are_heads
+from .hidden_states import check_base_weights, check_vllm, forget_rows, rows_of, watch_vllm
 from .params import GuidanceConfig, GuidanceParams, argument, read_request, request_params
 from .value_model import (
     MAVISValueModel,
@@ -161,16 +163,6 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         is_pin_memory: bool | None = None,
     ) -> None:
         model_config: Any = vllm_config.model_config
-        if vllm_config.speculative_config is not None:
-            raise ValueError(
-                "MAVIS does not guide speculative decoding: a request then has a row of logits for "
-                "each draft token, and the value engine keeps one prefix a request. Remove "
-                "--speculative-config"
-            )
-        if model_config.enable_prompt_embeds:
-            raise ValueError(
-                "value models read token ids, not embeddings: remove --enable-prompt-embeds"
-            )
         if vllm_config.scheduler_config.async_scheduling and not model_config.logits_processors:
             raise ValueError(
                 "MAVIS was loaded as an entry point under asynchronous scheduling, where vLLM "
@@ -181,6 +173,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._serving = serving(vllm_config)
         self._requests: dict[int, _Request] = {}  # V1: guided requests by row
         self._rows = self._slots = np.zeros(0, dtype=np.int64)
+        self._heads: HeadGuide | None = None
         self.failures: Counter[str] = Counter()
         self._samples = samples()
         if not self._samples:
@@ -193,6 +186,21 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         models = load_value_models([path for _, path in config.value_models], dtype)
         for model, (_, path) in zip(models, config.value_models):
             _check_base_model(model, path, vllm_config)
+        if are_heads(models):
+            self._read_hidden_states(models, vllm_config, device)
+            return
+        heads = "or train heads on the served model's hidden state (head_type 'hidden')"
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                "value models with a backbone do not guide speculative decoding: a request then "
+                "has a row of logits for each draft token, and the value engine keeps one prefix a "
+                f"request. Remove --speculative-config, {heads}"
+            )
+        if model_config.enable_prompt_embeds:
+            raise ValueError(
+                "value models with a backbone read token ids, not embeddings: remove "
+                f"--enable-prompt-embeds, {heads}"
+            )
         engine = ValueEngine(
             models,
             num_slots=num_slots,
@@ -221,6 +229,31 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             device,
             engine.weight_bytes / GIB,
             engine.kv_cache_bytes / GIB,
+        )
+
+    def _read_hidden_states(
+        self, models: Any, vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        """Guide by heads on the served model's hidden states: nothing is kept of a sequence."""
+        config = self._serving.config
+        for key in ("rerank", "prune_eps"):
+            if getattr(config, key):
+                raise ValueError(
+                    f"mavis config: {key} is for value models with a backbone, and heads on the "
+                    f"served model's hidden state read all candidates at once; leave {key} out"
+                )
+        check_vllm(vllm_config)
+        watch_vllm()
+        self._heads = HeadGuide(models, vllm_config.scheduler_config.max_num_seqs, device)
+        self._speculates = vllm_config.speculative_config is not None
+        self._plan: list[Rows] = []  # V1: the guided rows
+        logger.info(
+            "MAVIS: objectives %s, defaults %s, heads on the served model's hidden state on %s, "
+            "%.3f GiB weights",
+            list(self._serving.objectives),
+            self._serving.defaults,
+            device,
+            self._heads.weight_bytes / GIB,
         )
 
     @classmethod
@@ -268,7 +301,17 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the requests that joined, left and moved."""
-        if self._samples and process_dict_updates(self._requests, batch_update, self._new_request):
+        if not self._samples:
+            return
+        changed = process_dict_updates(self._requests, batch_update, self._new_request)
+        if self._heads is not None:
+            forget_rows()
+            if batch_update is not None:  # its slots are rows
+                self._heads.stop_all()
+                for row, request in self._requests.items():
+                    self._heads.start(row, request.params)
+                self._plan = self._heads.plan(np.arange(batch_update.batch_size))
+        elif changed:
             slots = {request.slot for request in self._requests.values()}
             for slot in set(self._slots.tolist()) - slots:
                 self._guide.engine.release(slot)
@@ -287,8 +330,8 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         params = self._params(sampling_params)
         if not params.guides:
             return None
-        assert prompt is not None  # prompt embeddings are refused at start-up
-        return _Request(params, prompt, output)
+        # There is no prompt where it came as embeddings, which only heads can guide.
+        return _Request(params, prompt or [], output)
 
     def _apply_v1(self, logits: torch.Tensor) -> torch.Tensor:
         if not self._requests:
@@ -346,7 +389,13 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """Begin a request in slot `req_idx`; returns whether it is guided."""
         if not self._samples:
             return False
-        return self._guide.start(req_idx, self._params(sampling_params))
+        guide = self._guide if self._heads is None else self._heads
+        return guide.start(req_idx, self._params(sampling_params))
+
+    def apply_staged_writes(self) -> None:
+        """A step begins."""
+        if self._heads is not None:
+            forget_rows()
 
     def _apply_v2(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         assert self._v2 is not None
@@ -373,12 +422,33 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             lambda slot, start, stop: stored[slot, start:stop].long().cpu(),
         )
 
+    def _apply_heads(
+        self, heads: HeadGuide, logits: torch.Tensor, ctx: LogitsContext | None
+    ) -> torch.Tensor:
+        start, total = 0, len(logits)
+        if ctx is None:
+            plan = self._plan
+        elif self._speculates:
+            # Only the device knows which request a row is of. A large batch comes in parts, views
+            # of the whole (vLLM 0.32: RejectionSampler._verify_in_chunks).
+            slots = ctx.expanded_idx_mapping
+            plan = heads.plan_on_device(slots, ctx.idx_mapping_np)
+            start = int(slots.storage_offset())
+            total = slots.untyped_storage().nbytes() // slots.itemsize
+        else:
+            plan = heads.plan(ctx.idx_mapping_np)
+        if not plan:
+            return logits
+        return heads.apply(logits, rows_of(len(logits), heads.hidden_size, start, total), plan)
+
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """Tilt the guided rows of `logits` `[rows, vocab]` float32 in place.
 
         Where that fails, the step's rows stay as they are: an engine that serves many requests is
-        not stopped for it.
+        not stopped for it. Without hidden states for heads it is: every step would be unguided.
         """
+        if self._heads is not None:
+            return self._apply_heads(self._heads, logits, ctx)
         try:
             return self._apply_v1(logits) if ctx is None else self._apply_v2(logits, ctx)
         except Exception as error:
@@ -394,10 +464,12 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             return logits
 
 
-def _check_base_model(model: MAVISValueModel, path: str, vllm_config: VllmConfig) -> None:
+def _check_base_model(
+    model: MAVISValueModel | MAVISValueHeads, path: str, vllm_config: VllmConfig
+) -> None:
     """Refuse what the value model cannot read, and one of another tokenizer.
 
-    Of one made for another base model it only warns.
+    Of one made for another base model it only warns; but heads fit one checkpoint alone.
     """
     model_config: Any = vllm_config.model_config
     if model_config.is_encoder_decoder:
@@ -405,7 +477,7 @@ def _check_base_model(model: MAVISValueModel, path: str, vllm_config: VllmConfig
             f"the served model {model_config.model!r} is an encoder-decoder: value models read the "
             "decoder's tokens only; serve a decoder"
         )
-    if model_config.supports_multimodal_inputs:
+    if model_config.supports_multimodal_inputs and model.config.head_type != "hidden":
         raise ValueError(
             f"the served model {model_config.model!r} takes images, audio or video, and value "
             "models read text only: add --language-model-only, or --limit-mm-per-prompt with 0 "
@@ -427,7 +499,25 @@ def _check_base_model(model: MAVISValueModel, path: str, vllm_config: VllmConfig
                 f"not with that of {model_config.tokenizer!r}: train value models on the served "
                 "model"
             )
-    if config.base_model_fingerprint not in (None, base_model_fingerprint(model_config.hf_config)):
+    if config.head_type == "hidden":
+        if config.base_model_fingerprint != base_model_fingerprint(model_config.hf_config):
+            raise ValueError(
+                f"value heads {path!r} read the hidden states of {config.base_model!r}, and "
+                f"{model_config.model!r} is of another architecture: train heads on it"
+            )
+        quantization = model_config.quantization
+        changed = f"quantization {quantization!r}" if quantization else None
+        for warning in (
+            check_base_weights(config, model_config.model, changed),
+            vllm_config.lora_config is not None
+            and "requests with a LoRA adapter show them features that they were not trained on",
+        ):
+            if warning:
+                logger.warning("value heads %r: %s", path, warning)
+    elif config.base_model_fingerprint not in (
+        None,
+        base_model_fingerprint(model_config.hf_config),
+    ):
         logger.warning(
             "value model %r was trained on %r; guiding %r with it works as far as their responses "
             "are alike",

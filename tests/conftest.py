@@ -94,6 +94,27 @@ def make_value_model(folder: Path, base: Path, objectives: list[str], seed: int 
     return folder
 
 
+def make_heads(folder: Path, base: Path, objectives: list[str], seed: int = 6, **fields):
+    """Random heads on the base model's hidden state."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trimtab.plugins import MAVISValueHeads
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    heads = MAVISValueHeads.from_base_model(
+        model, objectives, tokenizer=make_tokenizer(), action_rank=8, head_width=16, **fields
+    )
+    torch.manual_seed(seed)
+    for parameter in heads.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.15)
+    heads.set_statistics(torch.randn(100, 64) * torch.linspace(0.5, 3, 64) + 1)
+    heads.write_table(model.get_input_embeddings().weight)
+    heads.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory) -> Path:
     return make_base_model(tmp_path_factory.mktemp("base"))
@@ -108,3 +129,8 @@ def action_model(tmp_path_factory, base_model) -> Path:
 @pytest.fixture(scope="session")
 def value_model(tmp_path_factory, base_model) -> Path:
     return make_value_model(tmp_path_factory.mktemp("value"), base_model, ["sweet", "sour"])
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory, base_model) -> Path:
+    return make_heads(tmp_path_factory.mktemp("heads"), base_model, ["sweet", "sour"])

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from trimtab.plugins.value_model import HEAD_TYPES
-
 
 @dataclass
 class MAVISDistillationConfig(TrainingArguments):
@@ -207,8 +205,11 @@ class MAVISDistillationConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.top_k is not None and self.top_k < 2:
             raise ValueError(f"`top_k` must be at least 2, got {self.top_k}")
-        if self.head_type not in HEAD_TYPES:
-            raise ValueError(f"`head_type` must be one of {HEAD_TYPES}, got {self.head_type!r}")
+        if self.head_type not in ("state", "action"):
+            raise ValueError(
+                f"`head_type` must be 'state' or 'action', got {self.head_type!r}; heads on the "
+                "base model's hidden state are trained on its rewards by `MAVISTrainer`"
+            )
         for name in ("uniform_weight", "leaf_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be within 0 and 1, got {getattr(self, name)}")

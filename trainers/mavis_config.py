@@ -35,9 +35,11 @@ class MAVISConfig(TrainingArguments):
         head_type (`str`, *optional*, defaults to `"state"`):
             Head of the value model, used when `model` is a string. `"state"` reads a candidate's
             value at the candidate's own position. `"action"` reads the values of all candidates at
-            the prefix, so that a decoding step costs one token instead of `top_k + 1`.
-        action_rank (`int`, *optional*, defaults to `128`):
-            Rank of an action head's projections, used when `model` is a string.
+            the prefix, so that a decoding step costs one token instead of `top_k + 1`. `"hidden"`
+            reads them from the base model's own hidden state, without a backbone.
+        action_rank (`int`, *optional*):
+            Rank of an action head's projections, used when `model` is a string. If `None`, it
+            defaults to `128`, with `head_type="hidden"` to `32`.
         train_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to train the token embedding. Few of its rows are seen in the rollouts, and with
             a small backbone it holds most of the parameters.
@@ -119,15 +121,19 @@ class MAVISConfig(TrainingArguments):
             Weight, in an action head's loss, of the error in the differences between siblings that
             begin with different tokens. Only differences between the candidates of one prefix
             guide.
+        gae_lambda (`float`, *optional*, defaults to `0.5`):
+            With `head_type="hidden"`, what advantages are learnt from: 1 for the rewards of the
+            finished responses alone, 0 for the predicted value of the next token, which is less
+            noisy and biased.
         max_length (`int`, *optional*, defaults to `1024`):
             Maximum number of tokens of a training sequence. A larger tree is cut into several
             sequences of whole responses, which repeat what these share.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
-    > - `learning_rate`: Defaults to `2e-4` instead of `5e-5`.
+    > - `learning_rate`: Defaults to `2e-4`, with `head_type="hidden"` to `1e-3`, instead of `5e-5`.
     > - `per_device_train_batch_size`: Defaults to `4` instead of `8`; one item is a tree.
-    > - `num_train_epochs`: Defaults to `2` instead of `3`.
+    > - `num_train_epochs`: Defaults to `2`, with `head_type="hidden"` to `5`, instead of `3`.
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`; reward functions get all
@@ -141,17 +147,23 @@ class MAVISConfig(TrainingArguments):
     ]
 
     # Parameters whose default values are overridden from TrainingArguments
-    learning_rate: float = field(
-        default=2e-4,
-        metadata={"help": "The initial learning rate for AdamW."},
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "The initial learning rate for AdamW. If `None`, it defaults to `2e-4`, with "
+            "`head_type='hidden'` to `1e-3`."
+        },
     )
     per_device_train_batch_size: int = field(
         default=4,
         metadata={"help": "Number of training sequences, of a tree each, per device and step."},
     )
-    num_train_epochs: float = field(
-        default=2.0,
-        metadata={"help": "Total number of training epochs to perform."},
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Total number of training epochs to perform. If `None`, it defaults to `2`, "
+            "with `head_type='hidden'` to `5`."
+        },
     )
     logging_steps: float = field(
         default=10,
@@ -187,13 +199,17 @@ class MAVISConfig(TrainingArguments):
             "help": "Head of the value model, used when `model` is a string. `'state'` reads a "
             "candidate's value at the candidate's own position. `'action'` reads the values of all "
             "candidates at the prefix, so that a decoding step costs one token instead of "
-            "`top_k + 1`.",
-            "choices": ["state", "action"],
+            "`top_k + 1`. `'hidden'` reads them from the base model's own hidden state, without a "
+            "backbone.",
+            "choices": ["state", "action", "hidden"],
         },
     )
-    action_rank: int = field(
-        default=128,
-        metadata={"help": "Rank of an action head's projections, used when `model` is a string."},
+    action_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of an action head's projections, used when `model` is a string. If "
+            "`None`, it defaults to `128`, with `head_type='hidden'` to `32`."
+        },
     )
     train_embeddings: bool = field(
         default=False,
@@ -360,6 +376,14 @@ class MAVISConfig(TrainingArguments):
             "one prefix guide."
         },
     )
+    gae_lambda: float = field(
+        default=0.5,
+        metadata={
+            "help": "With `head_type='hidden'`, what advantages are learnt from: 1 for the rewards "
+            "of the finished responses alone, 0 for the predicted value of the next token, which "
+            "is less noisy and biased."
+        },
+    )
     max_length: int = field(
         default=1024,
         metadata={
@@ -370,6 +394,14 @@ class MAVISConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        heads = self.head_type == "hidden"
+        for name, default in (
+            ("learning_rate", 1e-3 if heads else 2e-4),
+            ("num_train_epochs", 5.0 if heads else 2.0),
+            ("action_rank", 32 if heads else 128),
+        ):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         # `TrainingArguments` takes bf16 on a CPU only when it is told to use the CPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -409,6 +441,18 @@ class MAVISConfig(TrainingArguments):
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"`head_type` must be one of {HEAD_TYPES}, got {self.head_type!r}")
+        if heads and self.num_iterations > 1:
+            raise ValueError(
+                f"num_iterations={self.num_iterations} is for value models with a backbone: heads "
+                "(head_type='hidden') learn from the base model's responses only; leave it at 1"
+            )
+        if heads and not self.top_k:
+            raise ValueError(
+                "`top_k` must be at least 1 with head_type='hidden': advantages are learnt among "
+                "that many candidates, got 0"
+            )
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"`gae_lambda` must be within 0 and 1, got {self.gae_lambda}")
         if not self.sibling_weight >= 0:
             raise ValueError(f"`sibling_weight` must not be negative, got {self.sibling_weight}")
         if not 0 <= self.leaf_fraction <= 1:

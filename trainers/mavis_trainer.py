@@ -23,6 +23,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -35,6 +36,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from trimtab.plugins.heads import MAVISValueHeads
 from trimtab.plugins.probe import check_servable
 from trimtab.plugins.value_model import (
     MAVISValueModel,
@@ -52,6 +54,8 @@ from .candidates import (
     candidate_differences,
 )
 from .fingerprints import identify, state_fingerprint, weights_fingerprint
+from .head_training import HeadMetrics, HeadTraining
+from .hidden_states import collate_rows
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
@@ -388,12 +392,17 @@ class MAVISTrainer(ValueModelTrainer):
         set_seed(args.seed)
         value_model: Any = model
         if isinstance(model, str):
-            value_model = MAVISValueModel.from_base_model(
+            new_model: Any = functools.partial(
+                MAVISValueModel.from_base_model,
+                num_hidden_layers=args.num_hidden_layers,
+                head_type=args.head_type,
+            )
+            if args.head_type == "hidden":
+                new_model = MAVISValueHeads.from_base_model
+            value_model = new_model(
                 load_base_model(model, args),
                 self.objectives,
-                num_hidden_layers=args.num_hidden_layers,
                 tokenizer=processing_class,
-                head_type=args.head_type,
                 action_rank=args.action_rank,
             )
         elif list(value_model.config.objectives or []) != self.objectives:
@@ -412,6 +421,7 @@ class MAVISTrainer(ValueModelTrainer):
         value_model.config.tokenizer_fingerprint = vocabulary
         self.value_config = value_model.config
         self.eos_token_ids = end_tokens(base_model, processing_class)
+        self._heads = HeadTraining(self) if self.value_config.head_type == "hidden" else None
         self._prompt_ids = {}
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
             if name == "train" or dataset is not None:
@@ -421,8 +431,11 @@ class MAVISTrainer(ValueModelTrainer):
         self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
 
         longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
-        check_servable(value_model, longest + args.max_completion_length)
-        value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
+        if self._heads is not None:
+            refuse_for_heads(args, peft_config)
+        else:
+            check_servable(value_model, longest + args.max_completion_length)
+            value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
         if peft_config is not None:
             value_model = wrap_backbone(value_model, peft_config)
             value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
@@ -430,7 +443,9 @@ class MAVISTrainer(ValueModelTrainer):
         super().__init__(
             model=value_model,
             args=args,
-            data_collator=tree_collator(value_model, self.eos_token_ids),
+            data_collator=collate_rows
+            if self._heads is not None
+            else tree_collator(value_model, self.eos_token_ids),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -441,10 +456,11 @@ class MAVISTrainer(ValueModelTrainer):
         # Evaluation computes the loss only if both are set.
         self.can_return_loss = True
         self.label_names = []
-        self._metrics = {
-            "train": ValueMetrics(self.objectives),
-            "eval": ValueMetrics(self.objectives),
-        }
+        metrics: Any = ValueMetrics
+        if self._heads is not None:
+            metrics = HeadMetrics
+            self.add_callback(self._heads)
+        self._metrics = {name: metrics(self.objectives) for name in ("train", "eval")}
 
     def _tokenize_prompts(
         self,
@@ -464,7 +480,10 @@ class MAVISTrainer(ValueModelTrainer):
             )
         if len(dataset) == 0:
             raise ValueError(f"`{name}_dataset` is empty")
-        context = getattr(self.value_config.backbone_config, "max_position_embeddings", None)
+        reads = self.value_config.backbone_config
+        if reads is None:
+            reads = AutoConfig.from_pretrained(self.base_model).get_text_config()
+        context = getattr(reads, "max_position_embeddings", None)
         longest = args.max_prompt_length
         if context is not None and (
             longest is None or longest + args.max_completion_length > context
@@ -642,7 +661,8 @@ class MAVISTrainer(ValueModelTrainer):
         self.value_config.reward_std = std.tolist()
         self._base_trees = trees
         self._begin_iterations()
-        check_tree_attention(self, self.train_dataset.sequences)
+        if self._heads is None:
+            check_tree_attention(self, self.train_dataset.sequences)
         if self.args.num_iterations > 1 and "eval" in trees:
             self._scale_sequences = [dict(s) for s in self.eval_dataset.sequences]
 
@@ -698,6 +718,10 @@ class MAVISTrainer(ValueModelTrainer):
 
     def _pack(self, trees: dict[str, list[Tree]]) -> None:
         """Makes an iteration's datasets: all rollouts so far to train on, its own to evaluate."""
+        self._trees += trees["train"]
+        if self._heads is not None:
+            self._heads.pack({name: self._rollout_dir() / name for name in trees})
+            return
         args, config = self.args, self.value_config
         mean, std = np.array(config.reward_mean), np.array(config.reward_std)
         pack = functools.partial(
@@ -708,7 +732,6 @@ class MAVISTrainer(ValueModelTrainer):
             max_length=args.max_length,
             kl_penalty=args.kl_penalty,
         )
-        self._trees += trees["train"]
         self.train_dataset = pack(self._trees, leaf_fraction=args.leaf_fraction, seed=args.seed)
         if "eval" in trees:
             self.eval_dataset = pack(trees["eval"])
@@ -777,7 +800,10 @@ class MAVISTrainer(ValueModelTrainer):
                 "kl_penalty": self.args.kl_penalty,
                 "kept": best,
             }
-        self._measure_candidate_range()
+        if self._heads is not None:
+            self._heads.finish()
+        else:
+            self._measure_candidate_range()
         return output
 
     def _data(self) -> dict[str, Any]:
@@ -875,10 +901,14 @@ class MAVISTrainer(ValueModelTrainer):
         self._add_candidates(sequences, RANGE_POSITIONS)
         set_candidate_range(self, sequences)
 
+    def load_base_model(self) -> PreTrainedModel:
+        """The base model, in the precision that it was saved in unless `args` says otherwise."""
+        return load_base_model(self.base_model, self.args)
+
     def _add_candidates(self, sequences: list[dict[str, Any]], positions: int | None) -> None:
         add_candidates(
             sequences,
-            load_base_model(self.base_model, self.args),
+            self.load_base_model(),
             [],
             self.data_collator,
             self.value_config.top_k,
@@ -913,6 +943,9 @@ class MAVISTrainer(ValueModelTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        if self._heads is not None:
+            loss, outputs = self._heads.compute_loss(model, inputs)
+            return (loss, outputs) if return_outputs else loss
         action = self.value_config.head_type == "action"
         taken = {}
         if action:  # every token is a candidate after the one before it on its branch
@@ -1109,6 +1142,15 @@ def tree_collator(model: MAVISValueModel, eos_token_ids: set[int]) -> DataCollat
         pad_token_id=min(eos_token_ids),  # any token will do, the mask hides it
         additive_mask=attention == "eager",
     )
+
+
+def refuse_for_heads(args: MAVISConfig, peft_config: Any) -> None:
+    """Raises where an argument is for a backbone, and heads have none."""
+    if peft_config is not None or args.train_embeddings or not args.merge_adapter:
+        raise ValueError(
+            "`peft_config`, `train_embeddings` and `merge_adapter` are for a backbone, and heads "
+            "on the base model's hidden state have none: leave them out with head_type='hidden'"
+        )
 
 
 def read_weights_in_every_process() -> None:

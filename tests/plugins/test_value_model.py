@@ -319,7 +319,7 @@ def test_an_action_model_comes_back_whole(action_model, tmp_path):
         ("candidate_range", [1.0, -1.0], r"candidate_range\[1\] must be"),
         ("candidate_range", [float("inf"), 1.0], r"candidate_range\[0\] must be"),
         ("candidate_scale", [1.0], "candidate_scale must be a list"),
-        ("candidate_scale", [1.0, 1.5], r"candidate_scale\[1\] must be a number from 0 to 1"),
+        ("candidate_scale", [1.0, -0.5], r"candidate_scale\[1\] must be a number from 0"),
         ("candidate_scale", [1.0, float("nan")], r"candidate_scale\[1\] must be"),
     ],
 )

@@ -1,0 +1,276 @@
+"""What raises the KL efficiency of heads on the base model's hidden state, by rollouts alone.
+
+    python benchmarks/hidden_heads.py        # on the rollouts of `make demo`
+
+Every variant is trained as `MAVISTrainer` trains heads, on the same trees for as many steps, and
+measured on the held-out prompts' trees: `C^2 / D`, the squared gain by two nats of weak guidance,
+in variances of the reward. The 4-layer state head of the demo is measured at a fifth of the
+prefixes, and the default heads there too. Writes `benchmarks/results/hidden_heads.json` and
+`docs/hidden_heads.md`. What the heads gain when they are sampled with:
+
+    python benchmarks/heads.py --models state=artifacts/value_model hidden=artifacts/heads
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from trimtab.plugins import MAVISValueHeads, MAVISValueModel
+from trimtab.plugins.hidden_states import weights_fingerprint
+from trimtab.trainers import read_rollouts
+from trimtab.trainers.head_training import (
+    add_excess,
+    centred_advantages,
+    efficiency,
+    efficiency_sums,
+    head_loss,
+    read_heads,
+    set_values,
+)
+from trimtab.trainers.hidden_states import (
+    HeadDataset,
+    cache_hidden_states,
+    collate_rows,
+    packed_rows,
+    tree_collator,
+)
+from trimtab.trainers.rewards import reward_statistics
+
+ROOT = Path(__file__).parents[1]
+OBJECTIVES = ["positivity", "rarity", "readability", "relevance"]
+TOP_K, MAX_LENGTH = 40, 1024
+EVERY = 5  # prefix of which the state head is measured at
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How heads are trained; the defaults are those of `MAVISTrainer`."""
+
+    gae_lambda: float = 0.5
+    centred: bool = False  # excesses less their mean within a prompt
+    sampled_square: bool = False  # of the advantage, instead of the candidates' variance
+    cross_fitted: bool = True  # the baseline; else of the regression on the same trees
+    width: int = 128
+    rank: int = 32
+    weight_decay: float = 0.0
+    learning_rate: float = 1e-3
+    epochs: float = 5.0  # of 240 trees: the number of steps is the same with fewer
+    trees: int = 240
+
+
+VARIANTS = {
+    "default": Variant(),
+    "gae_lambda 0": Variant(gae_lambda=0.0),
+    "gae_lambda 0.8": Variant(gae_lambda=0.8),
+    "gae_lambda 1": Variant(gae_lambda=1.0),
+    "centred within a prompt": Variant(centred=True),
+    "baseline not cross-fitted": Variant(cross_fitted=False),
+    "square of the sampled advantage": Variant(sampled_square=True),
+    "width 32, rank 8": Variant(width=32, rank=8),
+    "width 512, rank 64": Variant(width=512, rank=64),
+    "weight decay 0.1": Variant(weight_decay=0.1),
+    "2 epochs": Variant(epochs=2),
+    "10 epochs": Variant(epochs=10),
+    "60 trees": Variant(trees=60),
+    "120 trees": Variant(trees=120),
+    "180 trees": Variant(trees=180),
+}
+
+
+def loss_of(
+    variant: Variant, batch: dict[str, torch.Tensor], advantages: torch.Tensor
+) -> torch.Tensor:
+    """The trainer's loss, or what a variant has in its place."""
+    if not variant.sampled_square:
+        return head_loss(batch, advantages)
+    of_token, _, sampled = centred_advantages(batch, advantages)
+    return (of_token - batch["excess"])[sampled].square().mean()
+
+
+def train(
+    variant: Variant,
+    items: list[dict[str, Any]],
+    held_out: list[dict[str, Any]],
+    base: Any,
+    seed: int,
+    batch_size: int = 4,
+) -> tuple[MAVISValueHeads, list[np.ndarray]]:
+    """Heads, and the sums of the held-out trees after every fifth of the steps."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    embedding = base.get_input_embeddings().weight.detach()
+    model = MAVISValueHeads.from_base_model(
+        base, OBJECTIVES, head_width=variant.width, action_rank=variant.rank
+    )
+    chosen = [dict(items[i]) for i in rng.permutation(len(items))[: variant.trees]]
+    model.set_statistics(torch.cat([item["hidden"] for item in chosen]))
+    values = set_values(model, chosen)
+    if not variant.cross_fitted:
+        values = [model.read_values(item["hidden"]) for item in chosen]
+    add_excess(chosen, values, variant.gae_lambda)
+    if variant.centred:
+        for item in chosen:
+            item["excess"] = item["excess"] - item["excess"].mean(0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), variant.learning_rate, weight_decay=variant.weight_decay
+    )
+    steps = int(variant.epochs * len(items) / batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    queue: list[int] = []
+    curve = []
+    for step in range(1, steps + 1):
+        if len(queue) < batch_size:
+            queue = rng.permutation(len(chosen)).tolist()
+        batch = collate_rows([chosen[queue.pop()] for _ in range(batch_size)])
+        loss = loss_of(variant, batch, read_heads(model, batch, embedding)[1])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // 5) == 0:
+            curve.append(measure(model, held_out, embedding))
+    return model, curve
+
+
+@torch.no_grad()
+def measure(
+    model: MAVISValueHeads, held_out: list[dict[str, Any]], embedding: torch.Tensor
+) -> np.ndarray:
+    """The sums of every held-out tree, `[n_trees, 4, n_objectives]`."""
+    model.eval()
+    sums = []
+    for item in held_out:
+        batch = collate_rows([item])
+        sums.append(efficiency_sums(batch, *read_heads(model, batch, embedding)).numpy())
+    model.train()
+    return np.concatenate(sums)
+
+
+@torch.no_grad()
+def measure_at_some_prefixes(
+    folder: Path, held_out: list[dict[str, Any]], value_model: MAVISValueModel, other: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sums of a state head and of heads at the same prefixes, every `EVERY`-th of each tree."""
+    order = [(value_model.config.objectives or []).index(name) for name in OBJECTIVES]
+    collate = tree_collator(value_model.backbone, 0)
+    found: list[list[np.ndarray]] = [[], []]
+    for tree, item in zip(read_rollouts(folder), held_out):
+        n = len(item["tokens"])
+        values, advantages = torch.zeros(n, 4), torch.zeros(n, TOP_K, 4)
+        used = torch.zeros(n, dtype=torch.bool)
+        for sequence, at, rows in packed_rows(tree, MAX_LENGTH):
+            some = torch.arange(tree.prompt_index % EVERY, len(rows), EVERY)
+            used[rows[some]] = True
+            batch = collate([sequence])
+            for part in some.split(16):
+                output = value_model(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    position_ids=batch["position_ids"],
+                    candidates=item["candidates"][rows[part]].long()[None],
+                    candidate_positions=at[part][None],
+                )
+                values[rows[part]] = output.logits[0, at[part]][:, order]
+                advantages[rows[part]] = output.candidate_logits[0][..., order]
+        rows = collate_rows([item])
+        rows["reach"] = rows["reach"] * used[rows["previous"]]
+        found[0].append(efficiency_sums(rows, values, advantages).numpy())
+        found[1].append(efficiency_sums(rows, *read_heads(other[0], rows, other[1])).numpy())
+    return np.concatenate(found[0]), np.concatenate(found[1])
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every variant's efficiency by objective, median and range over seeds, in Markdown."""
+    lines = [
+        "# KL efficiency of heads on the base model's hidden state",
+        "",
+        f"Held-out prompts of the demo ({result['held_out']} trees), medians over "
+        f"{result['seeds']} seeds, in brackets their range; the interval over the trees, about as "
+        "large as half of the value, is in `hidden_heads.json`. `python "
+        "benchmarks/hidden_heads.py`.",
+        "",
+        f"| | {' | '.join(OBJECTIVES)} | mean gain at half a nat |",
+        "| --- " * (len(OBJECTIVES) + 2) + "|",
+    ]
+    for name, runs in result["variants"].items():
+        values = np.array([[m["kl_efficiency"]["value"] for m in run["curve"][-1]] for run in runs])
+        gain = np.median((np.sign(values) * np.abs(values) ** 0.5).mean(1))
+        cells = [f"{np.median(v):.3f} [{v.min():.3f}, {v.max():.3f}]" for v in values.T]
+        lines.append(f"| {name} | {' | '.join(cells)} | {gain:.3f} |")
+    for name, measures in result.get("some_prefixes", {}).items():
+        cells = [
+            "{value:.3f} [{low:.3f}, {high:.3f}]".format(**m["kl_efficiency"]) for m in measures
+        ]
+        lines.append(
+            f"| {name}, at one prefix in {EVERY} (95 % over trees) | {' | '.join(cells)} | |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="artifacts/smollm2")
+    parser.add_argument("--rollouts", type=Path, default=Path("artifacts/rollouts"))
+    parser.add_argument("--value-model", default="artifacts/value_model")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results/hidden_heads.json"
+    )
+    parser.add_argument("--table", type=Path, default=ROOT / "docs/hidden_heads.md")
+    args = parser.parse_args()
+    base = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto")
+    fingerprint, datasets = weights_fingerprint(args.base), {}
+    trees = read_rollouts(args.rollouts / "train")
+    mean, std = reward_statistics(trees, OBJECTIVES)
+    for name in ("train", "eval"):
+        folder = args.rollouts / name
+        cache_hidden_states(
+            folder, lambda: base, fingerprint, TOP_K, MAX_LENGTH, 2, Accelerator(cpu=True)
+        )
+        datasets[name] = HeadDataset([folder], OBJECTIVES, mean, std).items
+    items, held_out = datasets["train"], datasets["eval"]
+    result: dict[str, Any] = {"seeds": args.seeds, "held_out": len(held_out), "variants": {}}
+    default = None
+    for name in args.variants:
+        for seed in range(args.seeds):
+            started = time.monotonic()
+            model, curve = train(VARIANTS[name], items, held_out, base, seed)
+            default = model if default is None else default
+            run = {
+                "seed": seed,
+                "variant": asdict(VARIANTS[name]),
+                "seconds": time.monotonic() - started,
+                "curve": [efficiency(sums) for sums in curve],
+            }
+            result["variants"].setdefault(name, []).append(run)
+            last = [m["kl_efficiency"]["value"] for m in run["curve"][-1]]
+            print(f"{name}, seed {seed}: {np.round(last, 3)}, {run['seconds']:.0f} s", flush=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if Path(args.value_model, "config.json").exists():
+        state = MAVISValueModel.load(args.value_model).eval()
+        heads = (default.eval(), base.get_input_embeddings().weight.detach())
+        both = measure_at_some_prefixes(args.rollouts / "eval", held_out, state, heads)
+        names = ("4-layer state head", args.variants[0])
+        result["some_prefixes"] = {n: efficiency(sums) for n, sums in zip(names, both)}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    else:
+        print(f"no state head in {args.value_model}: it is left out", file=sys.stderr)
+    args.table.write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

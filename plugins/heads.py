@@ -1,0 +1,422 @@
+"""Value heads without a backbone: they read the hidden state that the served model has computed.
+
+`V_i(s) = v_i(h(s))`, linear, and `A_i(s, a) = <U_i(h(s)), P(e(a))> + b_i(e(a))`, with `h(s)` what
+the base model's output layer reads after the prefix `s` and `e(a)` the base model's embedding of a
+token, so that `Q_i = V_i + A_i`. A decoding step costs no pass of a network, and nothing is kept
+between steps. `hidden_states` finds `h(s)` in the host engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .engine import to_device
+from .guidance import guide, top_candidates
+from .hidden_states import weights_fingerprint
+from .params import GuidanceParams
+from .value_model import (
+    MAVISValueConfig,
+    MAVISValueModel,
+    base_model_fingerprint,
+    model_card,
+    tokenizer_fingerprint,
+)
+
+DROPOUT = 0.1
+MIN_STD = 1e-6  # of a feature: one that never changes says nothing
+
+
+class MAVISValueHeads(PreTrainedModel):
+    """Heads on the base model's own hidden state, of any number of objectives.
+
+    What a token contributes is a function of the token alone, so it is saved, and served, as a
+    table, of which a step reads the candidates' rows.
+
+    Args:
+        config: Of `head_type` `"hidden"`, with `objectives` and the base model's sizes.
+
+    Raises:
+        ValueError: The configuration names no objective, or is of another head type.
+    """
+
+    config: MAVISValueConfig
+    config_class = MAVISValueConfig
+    base_model_prefix = ""
+
+    hidden_mean: torch.Tensor  # [hidden_size] float32
+    hidden_std: torch.Tensor
+    action_table: torch.Tensor  # [vocab, rank + n_objectives] float16
+
+    def __init__(self, config: MAVISValueConfig) -> None:
+        super().__init__(config)
+        if config.head_type != "hidden" or not config.objectives:
+            raise ValueError(
+                "MAVISValueHeads needs a MAVISValueConfig with head_type 'hidden' and objectives; "
+                "MAVISValueHeads.from_base_model makes it from a base model"
+            )
+        read, width, rank = config.base_hidden_size, config.head_width, config.action_rank
+        count = len(config.objectives)
+        assert read and config.base_embedding_size and config.base_vocab_size  # the config checks
+        self.register_buffer("hidden_mean", torch.zeros(read))
+        self.register_buffer("hidden_std", torch.ones(read))
+        table = torch.zeros(config.base_vocab_size, rank + count, dtype=torch.float16)
+        self.register_buffer("action_table", table)
+        self.value = nn.Linear(read, count)  # v
+        self.query = _layers(read, width, count * rank)  # U, of all objectives
+        self.action = _layers(config.base_embedding_size, width, rank + count)  # P, then b
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+        elif module is self:
+            # Nothing is said of any prefix or token before training.
+            said: Any = (self.value.weight, self.query[-1].weight, self.action[-1].weight)
+            for weight in (*said[:2], said[2][self.config.action_rank :]):
+                nn.init.zeros_(weight)
+
+    def standardize(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Features of unit scale: `[..., hidden_size]` of any floating dtype, float32 returned."""
+        return (hidden.float() - self.hidden_mean) / self.hidden_std
+
+    def read_values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`V_i(s)`: `[..., hidden_size]` to `[..., n_objectives]` float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value(self.standardize(hidden))
+
+    def read_queries(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`U_i(h(s))`: `[..., hidden_size]` to `[..., n_objectives, rank]` float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            query = self.query(self.standardize(hidden))
+        return query.unflatten(-1, (-1, self.config.action_rank))
+
+    def read_actions(self, embedding: torch.Tensor) -> torch.Tensor:
+        """`P(e(a))`, then `b_i(e(a))`: `[..., embedding_size]` to `[..., rank + n_objectives]`."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            x = embedding.float()
+            return self.action(nn.functional.rms_norm(x, x.shape[-1:]))
+
+    def forward(
+        self, hidden: torch.Tensor, embedding: torch.Tensor, candidates: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values of prefixes, and advantages of candidates, from the parameters and not the table.
+
+        Args:
+            hidden: `[n, hidden_size]`, any floating dtype.
+            embedding: `[m, embedding_size]`, the base model's embedding of some tokens.
+            candidates: `[n, k]` int64, rows of `embedding`.
+
+        Returns:
+            `V_i(s)` `[n, n_objectives]` and `A_i(s, a)` `[n, k, n_objectives]`, both float32.
+        """
+        actions = nn.functional.embedding(candidates, self.read_actions(embedding))
+        with torch.autocast(hidden.device.type, enabled=False):
+            advantages = _advantages(self.read_queries(hidden), actions)
+        return self.read_values(hidden), advantages
+
+    def candidate_values(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """`Q_i(s, a)` from the table, as it is served.
+
+        Args:
+            hidden: `[n, hidden_size]`, any floating dtype.
+            candidates: `[n, k]` int64 token ids.
+
+        Returns:
+            `[n, k, n_objectives]` float32.
+        """
+        actions = nn.functional.embedding(candidates, self.action_table).float()
+        advantages = _advantages(self.read_queries(hidden), actions)
+        return self.read_values(hidden)[:, None] + advantages
+
+    @torch.no_grad()
+    def set_statistics(self, hidden: torch.Tensor) -> None:
+        """Standardises by the mean and standard deviation of `hidden` `[n, hidden_size]`."""
+        std, mean = torch.std_mean(hidden.float(), dim=0)
+        self.hidden_mean.copy_(mean)
+        self.hidden_std.copy_(std.clamp(min=MIN_STD))
+
+    @torch.no_grad()
+    def write_table(self, embedding: torch.Tensor) -> None:
+        """Computes the table, from the base model's `embedding` `[vocab, embedding_size]`.
+
+        Raises:
+            ValueError: The embedding has fewer rows than the model has tokens.
+        """
+        vocab = self.config.vocab_size
+        if len(embedding) < vocab:
+            raise ValueError(
+                f"the embedding has {len(embedding)} rows for a vocabulary of {vocab} tokens"
+            )
+        training = self.training
+        self.eval()
+        for rows in torch.arange(vocab).split(8192):  # bounds the memory it takes
+            actions = self.read_actions(embedding[rows].to(self.hidden_mean.device))
+            self.action_table[rows] = actions.to(self.action_table.dtype)
+        self.train(training)
+
+    @classmethod
+    def from_base_model(
+        cls,
+        base_model: str | PreTrainedModel,
+        objectives: Sequence[str],
+        *,
+        tokenizer: Any = None,
+        **config_fields: Any,
+    ) -> MAVISValueHeads:
+        """New heads for a base model; they say nothing until they are trained.
+
+        Args:
+            base_model: A loaded causal decoder, or a name or path to load one from.
+            objectives: One output of the heads each.
+            tokenizer: The base model's tokenizer, for the fingerprint that serving checks.
+            config_fields: Other fields of [`MAVISValueConfig`].
+
+        Raises:
+            ValueError: The base model has no output layer whose input could be read.
+        """
+        full: Any = base_model
+        if isinstance(base_model, str):
+            full = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto")
+        output, name = full.get_output_embeddings(), full.config.name_or_path
+        if output is None:
+            raise ValueError(f"{name!r} has no output layer: heads read the hidden state before it")
+        config = MAVISValueConfig(
+            head_type="hidden",
+            objectives=list(objectives),
+            base_hidden_size=output.weight.shape[1],
+            base_vocab_size=full.config.get_text_config().vocab_size,
+            base_embedding_size=full.get_input_embeddings().weight.shape[1],
+            base_model=name,
+            base_model_fingerprint=base_model_fingerprint(full.config),
+            base_weights_fingerprint=weights_fingerprint(name),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
+            **{"action_rank": 32, **config_fields},
+        )
+        return cls(config)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config, safetensors weights and a model card into `save_directory`."""
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            (Path(save_directory) / "README.md").write_text(model_card(self.config))
+
+
+def _layers(width: int, inner: int, out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, inner), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(inner, out)
+    )
+
+
+def _advantages(query: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """`A_i(s, a)` `[n, k, n_objectives]` of `U_i(h(s))` `[n, n_objectives, rank]` and `P`, `b`."""
+    rank = query.shape[-1]
+    return actions[..., :rank] @ query.transpose(-1, -2) + actions[..., rank:]
+
+
+def are_heads(models: Sequence[MAVISValueModel | MAVISValueHeads]) -> bool:
+    """Whether value models that guide together read the base model's hidden state.
+
+    Raises:
+        ValueError: Some do and some do not.
+    """
+    heads = [model.config.head_type == "hidden" for model in models]
+    if any(heads) and not all(heads):
+        names = [list(m.config.objectives or ()) for m, h in zip(models, heads) if not h]
+        raise ValueError(
+            "value heads on the base model's hidden state do not guide together with value models "
+            f"that have a backbone, here those of {names}: serve one kind"
+        )
+    return all(heads)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Logits rows that are guided together.
+
+    Args:
+        index: `[n]` int64, which rows of the logits; None for all of them.
+        slots: `[n]` integer, the slot of each.
+        max_k: Largest number of candidates of a row.
+        alike: Whether all rows have that many.
+        limited: Whether some row has a KL budget.
+        every: Whether all rows are guided; else those that are not stay as they are.
+    """
+
+    index: torch.Tensor | None
+    slots: torch.Tensor
+    max_k: int
+    alike: bool
+    limited: bool
+    every: bool = True
+
+
+class HeadGuide:
+    """Tilts logits rows by heads on the hidden states of the same rows.
+
+    A row's parameters lie in a *slot*, an index that the caller chooses. Nothing else is kept.
+
+    Args:
+        models: Heads; their objectives are concatenated.
+        num_slots: Number of slots.
+        device: Of the logits.
+    """
+
+    def __init__(
+        self, models: Sequence[MAVISValueHeads], num_slots: int, device: torch.device
+    ) -> None:
+        self.device = device
+        self.objectives = tuple(name for model in models for name in model.config.objectives or ())
+        self.hidden_size: int = models[0].config.base_hidden_size or 0
+        self.models = [model.eval().requires_grad_(False).to(device) for model in models]
+        self.weight_bytes = sum(x.nbytes for m in self.models for x in m.state_dict().values())
+        self._scale = np.array(
+            [
+                scale
+                for config in (model.config for model in models)
+                for scale in config.candidate_scale or [1.0] * len(config.objectives or ())
+            ],
+            dtype=np.float32,
+        )
+        # A slot's weights; then beta, top_k, the KL budget, its temperature, whether it is guided.
+        self._params = np.zeros((num_slots, len(self.objectives) + 5), dtype=np.float32)
+        self._params[:, -4:-1] = 1, np.inf, 1
+        self._on_device: torch.Tensor | None = None
+
+    def start(self, slot: int, params: GuidanceParams) -> bool:
+        """Begin a new sequence in `slot`; returns whether it is guided at all."""
+        budget = np.inf if params.kl_budget is None else params.kl_budget
+        weights = np.multiply(params.weights, self._scale)
+        asked = (params.beta, params.top_k, budget, params.temperature, params.guides)
+        self._params[slot] = (*weights, *asked)
+        self._on_device = None
+        return params.guides
+
+    def stop_all(self) -> None:
+        """Guide no slot until it is begun again."""
+        self._params[:, -1] = 0
+        self._on_device = None
+
+    def plan(self, slots: np.ndarray) -> list[Rows]:
+        """How to guide logits of which each row's slot, `[n]` int64, is known on the host.
+
+        Rows go together with those whose number of candidates has the same next power of two, so
+        that none pays for a much larger one.
+        """
+        guided, top_k = self._params[slots, -1] > 0, self._params[slots, -4].astype(np.int64)
+        sizes = np.where(guided, np.ceil(np.log2(top_k)), -1)
+        plans = []
+        for size in np.unique(sizes[guided]):
+            index = np.flatnonzero(sizes == size)
+            whole = len(index) == len(slots)
+            plans.append(
+                Rows(
+                    None if whole else self._to_device(index),
+                    self._to_device(slots[index].astype(np.int64)),
+                    int(top_k[index].max()),
+                    bool((top_k[index] == top_k[index[0]]).all()),
+                    bool(np.isfinite(self._params[slots[index], -3]).any()),
+                )
+            )
+        return plans
+
+    def plan_on_device(self, slots: torch.Tensor, among: np.ndarray) -> list[Rows]:
+        """How to guide rows whose slots `[n]` only the device knows, to be `among` these."""
+        guided = self._params[among, -1] > 0
+        if not guided.any():
+            return []
+        top_k = self._params[among, -4]
+        largest = top_k[guided].max()
+        limited = bool(np.isfinite(self._params[among, -3]).any())
+        alike = bool((top_k[guided] == largest).all())
+        return [Rows(None, slots, int(largest), alike, limited, bool(guided.all()))]
+
+    @torch.inference_mode()
+    def log_probs(
+        self, logits: torch.Tensor, hidden: torch.Tensor, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The guided distribution of rows over their candidates.
+
+        Args:
+            logits: `[n, vocab]` float32, the base model's, masked entries `-inf`.
+            hidden: `[n, hidden_size]`, what the output layer has read for them.
+            rows: Their slots.
+
+        Returns:
+            `candidates` `[n, k]` int64, `log pi` `[n, k]` float32, normalised, and the log-sum-exp
+            of the row's own candidates' logits `[n, 1]`.
+        """
+        if self._on_device is None:
+            self._on_device = self._to_device(self._params.copy())
+        params = self._on_device[rows.slots]
+        weights, (beta, top_k, budget, temperature, _) = params[:, :-5], params[:, -5:].unbind(1)
+        candidates, log_probs = top_candidates(
+            logits, rows.max_k, None if rows.alike else top_k.long()
+        )
+        scores = self.scores(hidden, candidates, weights)[..., None]
+        one, limit = torch.ones_like(weights[:, :1]), budget if rows.limited else None
+        log_policy = guide(log_probs, scores, one, beta, limit, temperature)
+        # The first candidate is every row's own, whatever the largest k of the batch.
+        scale = logits.gather(1, candidates[:, :1]) - log_probs[:, :1]
+        return candidates, log_policy, scale
+
+    def scores(
+        self, hidden: torch.Tensor, candidates: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`sum_i w_i A_i(s, a)`, which guides as `Q` does.
+
+        Args:
+            hidden: `[n, hidden_size]`.
+            candidates: `[n, k]` int64.
+            weights: `[n, n_objectives]` float32.
+
+        Returns:
+            `[n, k]` float32.
+        """
+        total = torch.zeros(candidates.shape, device=candidates.device)
+        start = 0
+        for model in self.models:
+            query = model.read_queries(hidden)  # [n, n_objectives, rank]
+            chosen = weights[:, start : start + query.shape[1]]
+            start += query.shape[1]
+            # One vector for all objectives: weighted U against P, and the weights against b
+            direction = torch.cat(((chosen[:, :, None] * query).sum(1), chosen), dim=1)
+            rows = nn.functional.embedding(candidates, model.action_table).float()
+            total += torch.bmm(rows, direction[:, :, None])[..., 0]
+        return total
+
+    def apply(
+        self, logits: torch.Tensor, hidden: torch.Tensor, plans: Sequence[Rows]
+    ) -> torch.Tensor:
+        """Tilt the planned rows of `logits` `[n, vocab]` in place, of `hidden` `[n, hidden_size]`.
+
+        Other rows stay bit-identical. The candidates keep their joint log-sum-exp, so that
+        penalties which the host applies afterwards see logits of the scale that they were made for.
+        """
+        for rows in plans:
+            part = logits if rows.index is None else logits[rows.index]
+            read = hidden if rows.index is None else hidden[rows.index]
+            candidates, log_policy, scale = self.log_probs(part, read, rows)
+            tilted = log_policy + scale
+            if rows.every:
+                part.fill_(-torch.inf).scatter_(1, candidates, tilted)
+            else:
+                assert self._on_device is not None
+                guided = self._on_device[rows.slots, -1] > 0
+                new = torch.full_like(part, -torch.inf).scatter_(1, candidates, tilted)
+                torch.where(guided[:, None], new, part, out=part)
+            if rows.index is not None:
+                logits[rows.index] = part
+        return logits
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return to_device(torch.from_numpy(array), self.device)

@@ -1,0 +1,227 @@
+"""The hidden states that the base model's output layer reads, in vLLM and in transformers.
+
+Heads need the row of every row of logits. vLLM does not hand it to logits processors: its layer
+that computes logits is watched, `vllm.model_executor.layers.logits_processor.LogitsProcessor`, as
+read in vLLM 0.32 and 0.33. Both model runners call it once for the rows that they sample, before
+the processors; for prompt log-probabilities and drafts they call it again afterwards. This file
+also tells checkpoints apart, since these features belong to one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAMPLED = 64  # numbers of every tensor that a fingerprint is of
+
+_newest = threading.local()  # `rows`: what vLLM's layer has read last in this thread
+
+
+def watch_vllm() -> None:
+    """Keeps what vLLM's output layers read, from now on, in this process.
+
+    Raises:
+        ValueError: This version of vLLM has no such layer.
+    """
+    from vllm.model_executor.custom_op import maybe_get_oot_by_class
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    layer: Any = maybe_get_oot_by_class(LogitsProcessor)  # a platform may have its own
+    compute = layer.forward
+    if hasattr(compute, "watched_by_trimtab"):
+        return
+    names = list(inspect.signature(compute).parameters)[:3]
+    if names != ["self", "lm_head", "hidden_states"]:
+        raise ValueError(
+            "value heads read the hidden states that vLLM's layer LogitsProcessor gets, and this "
+            f"version's has the arguments {names}: install vLLM 0.32 or 0.33"
+        )
+
+    @functools.wraps(compute)
+    def forward(self: Any, lm_head: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
+        logits = compute(self, lm_head, hidden_states, *args, **kwargs)
+        _newest.rows = None if self.logits_as_input else hidden_states
+        return logits
+
+    forward.watched_by_trimtab = True  # type: ignore[attr-defined]
+    layer.forward = forward
+
+
+def forget_rows() -> None:
+    """Drops what the last step has left: a step begins."""
+    _newest.rows = None
+
+
+def rows_of(
+    num_rows: int, hidden_size: int, start: int = 0, total: int | None = None
+) -> torch.Tensor:
+    """The hidden states of the rows of logits that are sampled now.
+
+    Args:
+        num_rows: Number of those rows.
+        hidden_size: Width that the heads read.
+        start: First of them, where the step's rows are sampled part by part.
+        total: Number of the step's rows.
+
+    Returns:
+        `[num_rows, hidden_size]`, in the base model's dtype.
+
+    Raises:
+        RuntimeError: vLLM's layer was not called, or with other rows.
+    """
+    hidden = getattr(_newest, "rows", None)
+    expected = (num_rows if total is None else total, hidden_size)
+    if hidden is None or tuple(hidden.shape) != expected:
+        found = "none" if hidden is None else f"{list(hidden.shape)}"
+        raise RuntimeError(
+            f"value heads need hidden states of shape {list(expected)}, a row for each of the "
+            f"logits, and vLLM's output layer has read {found}: this base model or runner computes "
+            "logits in another way; serve it with a value model that has a backbone (head_type "
+            "'state')"
+        )
+    return hidden[start : start + num_rows]
+
+
+def check_vllm(vllm_config: Any) -> None:
+    """Refuses a server in which the rows of hidden states and logits cannot match.
+
+    Raises:
+        ValueError: The server is one; the message says why.
+    """
+    parallel = vllm_config.parallel_config
+    reasons = {
+        "a pooling model samples nothing": vllm_config.model_config.runner_type == "pooling",
+        "batch-sharded sampling gives each rank other rows: remove "
+        "--enable-batch-sharded-sampling": getattr(
+            parallel, "enable_batch_sharded_sampling", False
+        ),
+        "with an external launcher, pipeline stages sample that have no hidden states: use another "
+        "--distributed-executor-backend": parallel.pipeline_parallel_size > 1
+        and parallel.distributed_executor_backend == "external_launcher",
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"value heads read the served model's hidden states: {reason}")
+
+
+class OutputLayerInput:
+    """What the output layer of a transformers model reads at the last position of every sequence.
+
+    Args:
+        model: A causal decoder. It is watched for as long as this object lives.
+
+    Raises:
+        ValueError: It has no output layer.
+    """
+
+    def __init__(self, model: Any) -> None:
+        layer = model.get_output_embeddings()
+        if layer is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output layer (get_output_embeddings() is None): "
+                "value heads read the hidden state before it"
+            )
+        self.passes = 0  # since the rows were taken
+        self._rows: torch.Tensor | None = None
+        this = weakref.ref(self)
+
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            watcher = this()
+            if watcher is not None:
+                watcher._rows = args[0][:, -1].detach()
+                watcher.passes += 1
+
+        weakref.finalize(self, layer.register_forward_pre_hook(hook).remove)
+
+    def take(self) -> torch.Tensor | None:
+        """The newest rows `[batch, hidden_size]`; None if the model did not run since."""
+        rows, self._rows, self.passes = self._rows, None, 0
+        return rows
+
+
+def weights_fingerprint(name_or_path: str) -> str | None:
+    """SHA-256 of a sample of every tensor of a checkpoint on disk, rounded to bfloat16.
+
+    Args:
+        name_or_path: A folder or a hub id in the local cache.
+
+    Returns:
+        The same for copies of other precision or sharding; None if there are no safetensors.
+    """
+    from safetensors import safe_open
+
+    files = _weight_files(name_or_path)
+    digests = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                part = tensors.get_slice(name)
+                shape = part.get_shape()
+                middle = shape[0] // 2 if len(shape) > 1 else 0
+                rows = part[middle : middle + 1] if len(shape) > 1 else part[:SAMPLED]
+                sample = rows.flatten()[:SAMPLED].to(torch.bfloat16).view(torch.int16)
+                digests[name] = hashlib.sha256(sample.numpy().tobytes()).hexdigest()
+    if not digests:
+        return None
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def _weight_files(name_or_path: str) -> list[Path]:
+    from transformers.utils import cached_file
+
+    def find(file: str) -> Path | None:
+        if Path(name_or_path).is_dir():
+            path = Path(name_or_path) / file
+            return path if path.exists() else None
+        try:
+            found = cached_file(name_or_path, file, local_files_only=True)
+        except OSError:
+            return None
+        return Path(found) if found else None
+
+    index = find("model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    found = [find(name) for name in names]
+    return [] if None in found else [path for path in found if path is not None]
+
+
+def check_base_weights(config: Any, base_model: str, changed: str | None) -> str | None:
+    """Refuses heads that were trained on another checkpoint than the one they are to read.
+
+    Args:
+        config: The heads', a [`MAVISValueConfig`].
+        base_model: Folder or hub id of the base model that runs.
+        changed: What makes its hidden states differ from its checkpoint's, for example a
+            quantisation.
+
+    Returns:
+        What to warn of, if anything.
+
+    Raises:
+        ValueError: It is another checkpoint.
+    """
+    names = f"the value heads for {config.objectives} were trained on {config.base_model!r}"
+    if changed:
+        return (
+            f"{names}; {base_model!r} runs with {changed}, so that they read features that they "
+            "were not trained on: measure what they still gain"
+        )
+    found = weights_fingerprint(base_model)
+    if found is None or config.base_weights_fingerprint is None:
+        return f"{names}; whether {base_model!r} is that checkpoint could not be checked"
+    if found != config.base_weights_fingerprint:
+        raise ValueError(
+            f"{names}, and {base_model!r} has other weights: heads read the hidden states of one "
+            "checkpoint only; train them on this one"
+        )
+    return None

@@ -1,0 +1,356 @@
+"""Heads on the base model's hidden state: their rows, their measure, and `MAVISTrainer`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trimtab.plugins import MAVISValueHeads, MAVISValueModel
+from trimtab.plugins.transformers import MAVISLogitsProcessor
+from trimtab.trainers import MAVISConfig
+from trimtab.trainers.head_training import (
+    FOLDS,
+    STRENGTHS,
+    efficiency,
+    efficiency_sums,
+    fit_values,
+    lambda_returns,
+)
+from trimtab.trainers.hidden_states import (
+    cache_hidden_states,
+    cache_path,
+    collate_rows,
+    read_tree,
+    row_starts,
+    tree_rows,
+)
+from trimtab.trainers.rollouts import TreeConfig
+
+from .conftest import END, make_model
+from .test_mavis_trainer import prompts, text_of, trainer
+from .test_rollouts import add_rewards, grow
+
+
+def rows_of(tree):
+    return tree_rows(tree, np.stack([tree.values("sum"), -2 * tree.values("sum")], axis=-1))
+
+
+@pytest.fixture(scope="module")
+def trees():
+    trees = grow(TreeConfig(max_completion_length=14, layers=3), end=0.15, count=5)
+    for tree in trees:
+        add_rewards(tree)
+    return trees
+
+
+def test_rows_follow_the_branches_of_the_tree(trees):
+    for tree in trees:
+        rows, starts = rows_of(tree), row_starts(tree)
+        for leaf in tree.leaves():
+            row, tokens, reach = starts[leaf + 1] - 1, [], 1.0
+            assert rows["ends"][row] and rows["depths"][row] == len(tree.response(leaf))
+            while row:
+                tokens.append(rows["tokens"][row])
+                reach *= rows["shares"][row]
+                assert rows["depths"][row] == rows["depths"][rows["previous"][row]] + 1
+                row = rows["previous"][row]
+            assert tokens[::-1] == tree.response(leaf)
+            assert reach == pytest.approx(rows["reach"][starts[leaf]])
+        assert rows["tokens"][0] == tree.nodes[0].tokens[-1]
+
+
+def test_returns_lie_between_the_finished_responses_and_the_next_values(trees):
+    """Against a recursion over the responses, and at both ends."""
+    batch = collate_rows([rows_of(tree) for tree in trees])
+    values = torch.randn(len(batch["tokens"]), 2)
+    everything = lambda_returns(batch, values, 1.0)
+    torch.testing.assert_close(everything, batch["labels"], rtol=1e-4, atol=1e-4)
+    nothing = lambda_returns(batch, values, 0.0)
+    expected = torch.where(batch["ends"][:, None], batch["labels"], values)
+    torch.testing.assert_close(nothing, expected)
+    half = lambda_returns(batch, values, 0.5)
+
+    def naive(row):
+        if batch["ends"][row]:
+            return batch["labels"][row]
+        after = [j for j in range(len(values)) if batch["previous"][j] == row and j != row]
+        mean = sum(batch["shares"][j] * naive(j) for j in after)
+        return 0.5 * values[row] + 0.5 * mean
+
+    first = int((batch["trees"] == 0).sum())
+    for row in range(0, first, 3):
+        torch.testing.assert_close(half[row], naive(row), rtol=1e-4, atol=1e-4)
+
+
+def test_values_are_those_of_regressions_that_have_not_seen_the_tree():
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(6, 2))
+    items = []
+    for _ in range(10):
+        x = rng.normal(size=(30, 6))
+        y = x @ truth + rng.normal(size=(30, 2)) * (0.1, 30.0) + rng.normal()
+        items.append(
+            {
+                "hidden": torch.from_numpy(x).float(),
+                "labels": torch.from_numpy(y).float(),
+                "reach": rng.uniform(0.1, 1, 30).astype(np.float32),
+            }
+        )
+    weights, values = fit_values(items, lambda hidden: hidden)
+    np.testing.assert_allclose(weights[:-1, 0], truth[:, 0], atol=0.15)
+    others = [item for i, item in enumerate(items) if i % FOLDS != 3]
+    x, y, w = (np.concatenate([item[k] for item in others]) for k in ("hidden", "labels", "reach"))
+    total = sum(item["reach"].sum() for item in items)
+    close = []
+    for strength in STRENGTHS:
+        ridge = Ridge(alpha=strength * total).fit(x, y[:, 0], sample_weight=w)
+        close.append(np.abs(ridge.predict(items[3]["hidden"]) - values[3][:, 0].numpy()).max())
+    assert min(close) < 1e-3 < sorted(close)[1]
+
+
+@pytest.mark.parametrize("max_length", [1 << 20, 12])
+def test_hidden_states_of_a_tree_are_those_of_each_response(trees, max_length):
+    model = make_model()
+    for tree in trees[:2]:
+        read = read_tree(model, tree, 5, max_length, END)
+        starts = row_starts(tree)
+        for node in range(len(tree.nodes)):
+            ids = torch.tensor([tree.nodes[0].tokens + tree.response(node)])
+            with torch.no_grad():
+                alone = model(ids, output_hidden_states=True)
+            row = starts[node + 1] - 1
+            hidden = alone.hidden_states[-1][0, -1]
+            torch.testing.assert_close(read["hidden"][row], hidden, rtol=1e-4, atol=1e-4)
+            top = alone.logits[0, -1].topk(5)
+            assert read["candidates"][row].tolist() == top.indices.tolist()
+            torch.testing.assert_close(
+                read["log_probs"][row], top.values.log_softmax(-1), rtol=1e-4, atol=1e-4
+            )
+
+
+def test_efficiency_is_the_squared_gain_by_two_nats_of_weak_guidance():
+    """A bandit of one token: gain and KL of the tilted policy, computed exactly."""
+    rng = np.random.default_rng(0)
+    log_probs = torch.log_softmax(torch.from_numpy(rng.normal(size=6)).float(), 0)
+    reward = torch.from_numpy(rng.normal(size=(6, 1))).float()
+    predicted = reward + torch.from_numpy(rng.normal(size=(6, 1))).float()
+    probabilities = log_probs.exp()
+    # A leaf for every token, which count as often as they are sampled.
+    batch = {
+        "tokens": torch.arange(-1, 6),
+        "previous": torch.zeros(7, dtype=torch.int64),
+        "depths": torch.tensor([0] + [1] * 6),
+        "trees": torch.zeros(7, dtype=torch.int64),
+        "reach": torch.cat((torch.ones(1), probabilities)),
+        "labels": torch.cat(((probabilities[:, None] * reward).sum(0, keepdim=True), reward)),
+        "candidates": torch.arange(6).expand(7, -1),
+        "log_probs": log_probs.expand(7, -1),
+    }
+    values = torch.zeros(7, 1)  # any baseline will do
+    measured = efficiency(efficiency_sums(batch, values, predicted.expand(7, -1, -1)).numpy())[0]
+    beta = 1e-3
+    policy = torch.softmax(log_probs.double() + beta * predicted[:, 0].double(), 0)
+    base = torch.softmax(log_probs.double(), 0)
+    gain = ((policy - base) * reward[:, 0].double()).sum()
+    kl = (policy * (policy / base).log()).sum()
+    assert measured["kl_efficiency"]["value"] == pytest.approx(float(gain**2 / (2 * kl)), rel=1e-2)
+    assert measured["scale"]["value"] == pytest.approx(float(gain * beta / (2 * kl)), rel=1e-2)
+
+
+def goodness(completions, **kwargs):
+    """More "good" than "bad", whatever the prompt."""
+    return [float(text.count("good") - text.count("bad")) for text in map(text_of, completions)]
+
+
+def badness(completions, **kwargs):
+    return [-x for x in goodness(completions)]
+
+
+FIELDS = {
+    "head_type": "hidden",
+    "top_k": 18,
+    "learning_rate": None,
+    "num_train_epochs": 6,
+    "logging_steps": 1000,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(base_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    rewards = {"goodness": goodness, "badness": badness}
+    made = trainer(base_model, folder, rewards, prompts(50), eval_dataset=prompts(30, 5), **FIELDS)
+    made.train()
+    made.save_model()
+    return made, folder
+
+
+def test_training_finds_which_tokens_raise_the_reward(trained, base_model):
+    made, folder = trained
+    saved = MAVISValueModel.load(str(folder))
+    assert isinstance(saved, MAVISValueHeads)
+    measured = saved.config.provenance["held_out"]
+    for name in ("goodness", "badness"):
+        assert measured[name]["kl_efficiency"]["low"] > 0
+    assert all(scale > 0 for scale in saved.config.candidate_scale)
+    assert "| goodness | 0." in (folder / "README.md").read_text()
+    assert not list(folder.glob("*.bin"))
+    logged = [x for x in made.state.log_history if "held_out/kl_efficiency/goodness" in x]
+    assert len(logged) == 6
+    # What is saved is the best epoch's.
+    gains = [np.mean([np.sign(x[k]) * abs(x[k]) ** 0.5 for k in x if k in KEPT]) for x in logged]
+    best = logged[int(np.argmax(gains))]
+    kept = measured["goodness"]["kl_efficiency"]["value"]
+    assert kept == pytest.approx(best["held_out/kl_efficiency/goodness"])
+
+
+KEPT = ("held_out/kl_efficiency/goodness", "held_out/kl_efficiency/badness")
+
+
+def test_trained_heads_guide(trained, base_model, tokenizer):
+    _, folder = trained
+    model = AutoModelForCausalLM.from_pretrained(base_model).eval()
+    ids = torch.tensor([tokenizer("a b").input_ids]).expand(200, -1)
+    means = {}
+    for name, weights in (("none", {}), ("good", {"goodness": 1.0}), ("bad", {"badness": 1.0})):
+        processor = MAVISLogitsProcessor(
+            [str(folder)], weights=weights, beta=4.0, model=model, tokenizer=tokenizer
+        )
+        torch.manual_seed(0)
+        out = model.generate(
+            ids, do_sample=True, top_k=18, max_new_tokens=12, logits_processor=[processor]
+        )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        means[name] = np.mean(goodness(texts))
+    assert means["good"] > means["none"] + 0.3
+    assert means["bad"] < means["none"] - 0.3
+
+
+def test_evaluate_gives_the_measures_of_the_saved_heads(trained):
+    made, _ = trained
+    metrics = made.evaluate()
+    held_out = made.value_config.provenance["held_out"]["goodness"]
+    assert metrics["eval_kl_efficiency/goodness"] == pytest.approx(
+        held_out["kl_efficiency"]["value"], rel=1e-3
+    )
+
+
+def test_hidden_states_are_computed_once_and_again_if_they_do_not_fit(
+    trained, base_model, tmp_path, caplog
+):
+    made, folder = trained
+    rollouts = folder / "rollouts" / "train"
+    files = sorted(rollouts.glob("*.hidden.safetensors"))
+    before = [file.stat().st_mtime_ns for file in files]
+    loads = []
+
+    def cache(fingerprint="same", top_k=18):
+        def load():
+            loads.append(fingerprint)
+            return AutoModelForCausalLM.from_pretrained(base_model)
+
+        known = made.value_config.base_weights_fingerprint
+        cache_hidden_states(
+            rollouts, load, known if fingerprint == "same" else fingerprint, top_k, 1024, END,
+            Accelerator(cpu=True),
+        )  # fmt: skip
+
+    cache()
+    assert not loads and before == [file.stat().st_mtime_ns for file in files]
+    cache("another checkpoint")
+    assert loads == ["another checkpoint"]
+    one = cache_path(sorted(rollouts.glob("trees-*.parquet"))[0])
+    one.unlink()
+    cache("another checkpoint")  # only what is missing
+    assert len(loads) == 2 and one.exists()
+    one.write_bytes(one.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"are cut off or damaged .*; remove the file to compute"):
+        cache("another checkpoint")
+    one.unlink()
+    cache()
+
+
+def test_without_an_eval_dataset_some_prompts_are_held_out(base_model, tmp_path):
+    made = trainer(base_model, tmp_path, {"goodness": goodness}, prompts(17), **FIELDS)
+    made.collect_rollouts()
+    assert (len(made.train_dataset), len(made.eval_dataset)) == (14, 3)
+    held_out = {item["tree"] for item in made.eval_dataset}
+    assert not held_out & {item["tree"] for item in made.train_dataset}
+    few = trainer(base_model, tmp_path / "few", {"goodness": goodness}, prompts(4), **FIELDS)
+    with pytest.raises(ValueError, match="there are 4 prompts: give an `eval_dataset`"):
+        few.train()
+
+
+def test_two_processes_train_the_same_heads(base_model, tmp_path):
+    program = tmp_path / "train.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            from safetensors.torch import save_file
+            from tests.trainers.test_head_training import FIELDS, goodness
+            from tests.trainers.test_mavis_trainer import prompts, trainer
+
+            made = trainer({base_model!r}, {str(tmp_path / "two")!r}, {{"goodness": goodness}},
+                           prompts(8), eval_dataset=prompts(5, 3), rollout_batch_size=3,
+                           per_device_train_batch_size=2, **FIELDS | {{"num_train_epochs": 2}})
+            assert made.accelerator.num_processes == 2
+            made.train()
+            made.save_model()
+            weights = {{k: v.contiguous() for k, v in made.model.state_dict().items()}}
+            rank = made.accelerator.process_index
+            save_file(weights, {str(tmp_path)!r} + f"/rank-{{rank}}.safetensors")
+            """
+        )
+    )
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+         "--main_process_port", "0", str(program)],
+        check=True, timeout=600, env={
+            **os.environ, "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
+        },
+    )  # fmt: skip
+    ranks = [load_file(tmp_path / f"rank-{i}.safetensors") for i in range(2)]
+    torch.testing.assert_close(*ranks, rtol=0, atol=0)
+    saved = MAVISValueModel.load(str(tmp_path / "two"))
+    torch.testing.assert_close(saved.state_dict(), ranks[0])
+    # Each process has computed some of the files, and measured some of the trees.
+    assert len(list((tmp_path / "two" / "rollouts").rglob("trees-*.hidden.safetensors"))) == 5
+    assert saved.config.candidate_scale != [0.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_iterations": 2}, "num_iterations=2 is for value models with a backbone"),
+        ({"top_k": 0}, "`top_k` must be at least 1 with head_type='hidden'"),
+        ({"gae_lambda": 1.5}, "`gae_lambda` must be within 0 and 1, got 1.5"),
+    ],
+)
+def test_arguments_that_heads_do_not_take_are_refused(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        MAVISConfig(str(tmp_path), head_type="hidden", use_cpu=True, **fields)
+
+
+def test_defaults_depend_on_the_head(tmp_path):
+    chosen = [
+        (args.learning_rate, args.num_train_epochs, args.action_rank)
+        for args in (
+            MAVISConfig(str(tmp_path), use_cpu=True),
+            MAVISConfig(str(tmp_path), use_cpu=True, head_type="hidden"),
+            MAVISConfig(str(tmp_path), use_cpu=True, head_type="hidden", learning_rate=5e-4),
+        )
+    ]
+    assert chosen == [(2e-4, 2.0, 128), (1e-3, 5.0, 32), (5e-4, 5.0, 32)]

@@ -1,0 +1,434 @@
+"""What heads on the base model's hidden state learn, and the measure of how well they guide.
+
+`V` is a regression in closed form. `A` learns from the tokens that were sampled what their returns
+exceed `V` by, where `V` is cross-fitted: of a regression that has not seen the tree.
+
+Pure functions of the rows of [`~trimtab.trainers.hidden_states.collate_rows`]. The measure is *KL
+efficiency*: with `A` the predicted advantage of the sampled token, centred under the base model,
+`C = E[sum_t A(s_t, a_t) (G_t - V(s_t))]` and `D = E[sum_t Var_{a ~ pi_ref} A(s_t, a)]` of a
+response, guidance with a small `beta` gains `beta C` at a KL of `beta^2 D / 2`, so that `C^2 / D`
+is the squared gain by two nats, in variances of the reward, and `C / D` the scale with which `beta`
+means the same for every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .hidden_states import HeadDataset, cache_hidden_states, collate_rows
+from .pareto import interval, prompt_draws
+
+logger = logging.get_logger(__name__)
+
+FOLDS = 5  # of the cross-validation of `V`
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of its penalty, in features' variances
+HELD_OUT = 8  # one prompt in so many is held out where no others are given
+
+
+def fit_values(
+    items: Sequence[dict[str, Any]],
+    standardize: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """
+    `V`, linear in the standardised hidden state, by ridge regression in closed form.
+
+    The strength of the penalty is each objective's best by cross-validation, by the variance that
+    is explained within a prompt.
+
+    Args:
+        items (`list[dict[str, Any]]`):
+            Of a [`~trimtab.trainers.hidden_states.HeadDataset`].
+        standardize (`Callable[[torch.Tensor], torch.Tensor]`):
+            Of hidden states.
+
+    Returns:
+        `tuple`: weights and bias, `[hidden_size + 1, n_objectives]` float32; and of every item the
+        values after its rows by a regression that has not seen it, `[n, n_objectives]` float32: the
+        baseline and the next values of what is learnt from the same rollouts would flatter them.
+    """
+
+    def features(item: dict[str, Any]) -> torch.Tensor:
+        x = standardize(item["hidden"])
+        return torch.cat((x, x.new_ones(len(x), 1)), dim=1)
+
+    folds = min(FOLDS, len(items))
+    labels = [torch.as_tensor(item["labels"]) for item in items]
+    reach = [torch.as_tensor(item["reach"])[:, None] for item in items]
+    first = features(items[0])
+    device, width = first.device, first.shape[1]
+    grams = torch.zeros(folds, width, width, dtype=torch.float64, device=device)
+    moments = torch.zeros(folds, width, labels[0].shape[1], dtype=torch.float64, device=device)
+    for i, item in enumerate(items):
+        x = features(item)
+        weighted = (x * reach[i].to(device)).T
+        grams[i % folds] += weighted @ x
+        moments[i % folds] += weighted @ labels[i].to(device)
+    gram, moment = grams.sum(0), moments.sum(0)
+    ridge = torch.eye(width, dtype=torch.float64, device=device) * gram[-1, -1]
+    ridge[-1, -1] = 0  # the bias is free
+
+    def solve(left_out: int | None, strength: float) -> torch.Tensor:
+        g, m = gram + strength * ridge, moment
+        if left_out is not None:
+            g, m = g - grams[left_out], m - moments[left_out]
+        return torch.linalg.solve(g, m).float()
+
+    found: list[list[torch.Tensor]] = []
+    errors = torch.zeros(len(STRENGTHS), moment.shape[1])
+    for strength, error in zip(STRENGTHS, errors):
+        parts = [solve(fold if folds > 1 else None, strength) for fold in range(folds)]
+        found.append([(features(x) @ parts[i % folds]).cpu() for i, x in enumerate(items)])
+        for value, label, share in zip(found[-1], labels, reach):
+            off = value - label
+            off = off - (share * off).sum(0) / share.sum()
+            error += (share * off.square()).sum(0)
+    best = errors.argmin(0).tolist()
+    weights = torch.stack([solve(None, STRENGTHS[b])[:, i] for i, b in enumerate(best)], 1)
+    values = [
+        torch.stack([found[b][n][:, i] for i, b in enumerate(best)], 1) for n in range(len(items))
+    ]
+    return weights, values
+
+
+def lambda_returns(
+    batch: dict[str, torch.Tensor], values: torch.Tensor, gae_lambda: float
+) -> torch.Tensor:
+    """
+    Returns after every token: of a finished response its reward, of others `1 - gae_lambda` parts
+    of the predicted value and `gae_lambda` parts of the mean over what follows.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Of [`~trimtab.trainers.hidden_states.collate_rows`].
+        values (`torch.Tensor`):
+            `V(s)` after every token, `[n, n_objectives]`.
+        gae_lambda (`float`):
+            1 for the mean reward of the responses below, 0 for the value of the token itself.
+
+    Returns:
+        `torch.Tensor`: `[n, n_objectives]` float32.
+    """
+    labels, depths = batch["labels"], batch["depths"]
+    returns, ahead = labels.clone(), torch.zeros_like(labels)
+    order = depths.argsort(descending=True)
+    for rows in order.split(depths.bincount().flip(0).tolist()):
+        mixed = (1 - gae_lambda) * values[rows] + gae_lambda * ahead[rows]
+        returns[rows] = torch.where(batch["ends"][rows, None], labels[rows], mixed)
+        below = rows[depths[rows] > 0]
+        shared = batch["shares"][below, None] * returns[below]
+        ahead.index_add_(0, batch["previous"][below], shared)
+    return returns
+
+
+def add_excess(
+    items: Sequence[dict[str, Any]], values: Sequence[torch.Tensor], gae_lambda: float
+) -> None:
+    """Adds to every item `excess`, what a token's return exceeds the value before it by."""
+    for item, value in zip(items, values):
+        batch = collate_rows([item])
+        item["excess"] = lambda_returns(batch, value, gae_lambda) - value[batch["previous"]]
+
+
+def centred_advantages(
+    batch: dict[str, torch.Tensor], advantages: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Of every sampled token, its advantage and the variance of those of the candidates.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Of [`~trimtab.trainers.hidden_states.collate_rows`].
+        advantages (`torch.Tensor`):
+            `A(s, a)` of the candidates after every token, `[n, k, n_objectives]`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
+
+    Returns:
+        `tuple`: `A` centred under the base model, and its variance, `[n, n_objectives]` each; and
+        which rows are tokens that were sampled among the candidates, `[n]` bool. By rounding, one
+        on the edge may not be.
+    """
+    weights = torch.softmax(batch["log_probs"] / temperature, dim=-1)[..., None]
+    centred = advantages - (weights * advantages).sum(1, keepdim=True)
+    variances = (weights * centred.square()).sum(1)
+    previous = batch["previous"]
+    hits = batch["candidates"][previous] == batch["tokens"][:, None]
+    of_token = (centred[previous] * hits[..., None]).sum(1)
+    return of_token, variances[previous], hits.any(1) & (batch["depths"] > 0)
+
+
+def head_loss(
+    batch: dict[str, torch.Tensor], advantages: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """
+    Mean squared error of `A` against the excess of the sampled tokens' returns, up to a constant.
+
+    `E[A^2]` of the sampled token is taken as the candidates' variance, which it is in expectation:
+    the minimum is that of `D - 2 C`, the highest KL efficiency with a scale of 1.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Of [`~trimtab.trainers.hidden_states.collate_rows`], of items with [`add_excess`].
+        advantages (`torch.Tensor`):
+            `[n, k, n_objectives]`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
+    """
+    of_token, variances, sampled = centred_advantages(batch, advantages, temperature)
+    return (variances - 2 * of_token * batch["excess"])[sampled].mean()
+
+
+@torch.no_grad()
+def efficiency_sums(
+    batch: dict[str, torch.Tensor],
+    values: torch.Tensor,
+    advantages: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """
+    What KL efficiency and explained variance are computed from.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Of [`~trimtab.trainers.hidden_states.collate_rows`].
+        values (`torch.Tensor`):
+            `V` after every token, `[n, n_objectives]`.
+        advantages (`torch.Tensor`):
+            `A` of the candidates there, `[n, k, n_objectives]`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
+
+    Returns:
+        `torch.Tensor`: of every tree `C`, `D`, and the squared error and the variance of `V`, both
+        within the tree, `[n_trees, 4, n_objectives]` float64.
+    """
+    labels, trees = batch["labels"].double(), batch["trees"]
+    of_token, variances, sampled = centred_advantages(batch, advantages, temperature)
+    used = sampled[:, None] * batch["reach"][:, None].double()
+    excess = labels - values[batch["previous"]].double()
+    columns = torch.stack([used * of_token * excess, used * variances], 1)
+    count = int(trees.max()) + 1
+
+    def summed(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(count, *x.shape[1:], dtype=x.dtype, device=x.device).index_add_(
+            0, trees, x
+        )
+
+    spread = []
+    for x in (values.double() - labels, labels):
+        weighted = used * x
+        mean = summed(weighted) / summed(used).clamp(min=1e-9)
+        spread.append(summed(used * (x - mean[trees]).square()))
+    return torch.cat([summed(columns), torch.stack(spread, 1)], 1)
+
+
+def efficiency(sums: np.ndarray) -> list[dict[str, dict[str, float]]]:
+    """
+    The measures of heads, from the sums of held-out trees.
+
+    Args:
+        sums (`np.ndarray`):
+            Of [`efficiency_sums`], `[n_trees, 4, n_objectives]`.
+
+    Returns:
+        `list[dict]`: for every objective `kl_efficiency` (`C^2 / D`, of the sign of `C`), `scale`
+        (`C / D`) and `explained_variance` (within a prompt), each with `value`, `low` and `high`, a
+        95 % bootstrap interval over the trees.
+    """
+    mean = sums[prompt_draws(len(sums))].mean(1)  # [draws, 4, n_objectives]
+    c, d, error, variance = np.moveaxis(mean, 1, 0)
+    # Heads that say nothing of any candidate gain nothing; what is left is rounding.
+    says = d > 1e-12
+    safe = np.where(says, d, 1.0)
+    measures = {
+        "kl_efficiency": np.where(says, c * np.abs(c) / safe, 0.0),
+        "scale": np.where(says, c / safe, 0.0),
+        "explained_variance": 1 - error / np.where(variance > 0, variance, np.nan),
+    }
+    return [
+        {name: interval(column[:, i]) for name, column in measures.items()}
+        for i in range(sums.shape[2])
+    ]
+
+
+def read_heads(
+    model: Any, batch: dict[str, torch.Tensor], embedding: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`V` `[n, n_objectives]` and `A` `[n, k, n_objectives]`, with the base model's `embedding`."""
+    tokens, candidates = batch["candidates"].long().unique(return_inverse=True)
+    rows = embedding[tokens.to(embedding.device)].to(candidates.device)
+    return model(batch["hidden"], rows, candidates)
+
+
+@torch.no_grad()
+def set_values(model: Any, items: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+    """Sets the model's `V` by [`fit_values`], for good, and returns the items' own values."""
+    device = model.value.weight.device
+    weights, values = fit_values(items, lambda hidden: model.standardize(hidden.to(device)))
+    model.value.weight.copy_(weights[:-1].T)
+    model.value.bias.copy_(weights[-1])
+    model.value.requires_grad_(False)
+    return values
+
+
+class HeadMetrics:
+    """
+    KL efficiency and explained variance over any number of batches.
+
+    Args:
+        objectives (`list[str]`):
+            Names of the values.
+    """
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        self.objectives = objectives
+        self.sums: list[np.ndarray] | None = None
+
+    def add(self, sums: torch.Tensor) -> None:
+        """Adds what [`efficiency_sums`] made of a batch."""
+        self.sums = [*(self.sums or []), sums.cpu().numpy()]
+
+    def measures(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By objective, of what all processes have added; see [`efficiency`]."""
+        parts = gather_object(self.sums or [])
+        self.sums = None
+        return dict(zip(self.objectives, efficiency(np.concatenate(parts))))
+
+    def compute(self, accelerator: Any) -> dict[str, float]:
+        """Metrics of all that was added by all processes since the last call."""
+        return flat_metrics(self.measures())
+
+
+def flat_metrics(measures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """`measure/objective` and its interval's ends, for the log."""
+    found = {
+        f"{measure}/{name}" + ("" if end == "value" else f"/{end}"): x
+        for name, of_objective in measures.items()
+        for measure, ends in of_objective.items()
+        for end, x in ends.items()
+    }
+    return {key: x for key, x in found.items() if x == x}
+
+
+class HeadTraining(TrainerCallback):
+    """
+    How [`MAVISTrainer`] trains heads on the base model's hidden state.
+
+    After every epoch they are measured on held-out trees; the best are kept, by the mean over the
+    objectives of the gain at equal KL, `sqrt(C^2 / D)`.
+
+    Args:
+        trainer ([`MAVISTrainer`]):
+            Whose rollouts and arguments it uses.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.best: tuple[float, dict[str, Any], dict[str, torch.Tensor]] | None = None
+        self.held_out: list[dict[str, Any]] = []
+        self.embedding = torch.empty(0)
+
+    def pack(self, folders: Mapping[str, Path]) -> None:
+        """Makes the trainer's datasets of the rollouts in `folders`, with their hidden states."""
+        trainer, config = self.trainer, self.trainer.value_config
+        datasets = {}
+        for name, folder in folders.items():
+            self.embedding = cache_hidden_states(
+                folder,
+                trainer.load_base_model,
+                config.base_weights_fingerprint,
+                config.top_k,
+                trainer.args.max_length,
+                min(trainer.eos_token_ids),
+                trainer.accelerator,
+            )
+            mean, std = np.array(config.reward_mean), np.array(config.reward_std)
+            datasets[name] = HeadDataset([folder], trainer.objectives, mean, std)
+        items = datasets["train"].items
+        if "eval" in datasets:
+            self.held_out = datasets["eval"].items
+        else:
+            if len(items) < HELD_OUT:
+                raise ValueError(
+                    f"heads are chosen and scaled by held-out prompts, and there are {len(items)} "
+                    f"prompts: give an `eval_dataset`, or at least {HELD_OUT} prompts, of which "
+                    "one in so many is held out"
+                )
+            self.held_out = items[::HELD_OUT]
+            datasets["train"].items = [x for i, x in enumerate(items) if i % HELD_OUT]
+            datasets["eval"] = HeadDataset([], trainer.objectives, mean, std)
+            datasets["eval"].items = self.held_out
+        trainer.train_dataset, trainer.eval_dataset = datasets["train"], datasets["eval"]
+        items = trainer.train_dataset.items
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.set_statistics(torch.cat([item["hidden"] for item in items]))
+        add_excess(items, set_values(model, items), trainer.args.gae_lambda)
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+        """The loss of a batch, and the values; in evaluation its measures are added."""
+        args = self.trainer.args
+        values, advantages = read_heads(model, inputs, self.embedding)
+        if model.training:
+            loss = head_loss(inputs, advantages, args.temperature)
+        else:
+            loss = (values - inputs["labels"]).square().mean()  # of `V`: `A` has its own measures
+            sums = efficiency_sums(inputs, values, advantages, args.temperature)
+            self.trainer._metrics["eval"].add(sums)
+        return loss, values
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """The measures of the heads as they are on the held-out trees, which processes share."""
+        trainer = self.trainer
+        accelerator, model = trainer.accelerator, trainer.accelerator.unwrap_model(trainer.model)
+        training = model.training
+        model.eval()
+        metrics = HeadMetrics(trainer.objectives)
+        for item in self.held_out[accelerator.process_index :: accelerator.num_processes]:
+            batch = trainer._prepare_inputs(collate_rows([item]))
+            read = read_heads(model, batch, self.embedding)
+            metrics.add(efficiency_sums(batch, *read, trainer.args.temperature))
+        model.train(training)
+        return metrics.measures()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        measures = self.measure()
+        self.trainer.log({f"held_out/{k}": x for k, x in flat_metrics(measures).items()})
+        found = [of_objective["kl_efficiency"]["value"] for of_objective in measures.values()]
+        score = float(np.mean(np.sign(found) * np.sqrt(np.abs(found))))
+        if self.best is None or score > self.best[0]:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            weights = {name: x.detach().clone() for name, x in model.state_dict().items()}
+            self.best = (score, measures, weights)
+
+    def finish(self) -> None:
+        """Takes the best heads up, with their scale and their table."""
+        trainer, config = self.trainer, self.trainer.value_config
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if self.best is not None:
+            _, measures, weights = self.best
+            model.load_state_dict(weights)
+            self.best = None
+        else:  # nothing was trained
+            measures = self.measure()
+        scales = [of_objective["scale"]["value"] for of_objective in measures.values()]
+        config.candidate_scale = [max(0.0, scale) * trainer.args.temperature for scale in scales]
+        config.provenance = {**(config.provenance or {}), "held_out": measures}
+        for name, of_objective in measures.items():
+            if of_objective["kl_efficiency"]["low"] <= 0:
+                logger.warning(
+                    f"the heads of {name!r} tell candidates apart hardly better than chance: "
+                    "their KL efficiency on held-out prompts is {value:.2g} [{low:.2g}, "
+                    "{high:.2g}]. More prompts or larger trees (`layers`) help".format(
+                        **of_objective["kl_efficiency"]
+                    )
+                )
+        model.write_table(self.embedding)
