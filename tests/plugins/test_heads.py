@@ -129,7 +129,7 @@ def test_beams_have_the_log_probabilities_of_the_guided_policy(base, reference, 
         for n in range(len(PROMPTS[2]), len(row)):
             policy = reference.distribution(row[:n], (1.0, -0.5), BETA, TOP_K, masked=[EOS])
             total += np.log(policy[row[n]])
-        assert score == pytest.approx(total, abs=1e-3)
+        assert score == pytest.approx(total, abs=1e-2)  # half-precision table
 
 
 def test_several_heads_and_a_kl_budget(tmp_path, base, base_model, heads):
