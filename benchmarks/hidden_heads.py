@@ -65,7 +65,7 @@ class Variant:
     rank: int = 32
     weight_decay: float = 0.0
     learning_rate: float = 1e-3
-    epochs: float = 5.0  # of 240 trees: the number of steps is the same with fewer
+    epochs: float = 3.0  # of 240 trees: the number of steps is the same with fewer
     trees: int = 240
 
 
@@ -80,7 +80,6 @@ VARIANTS = {
     "width 32, rank 8": Variant(width=32, rank=8),
     "width 512, rank 64": Variant(width=512, rank=64),
     "weight decay 0.1": Variant(weight_decay=0.1),
-    "2 epochs": Variant(epochs=2),
     "10 epochs": Variant(epochs=10),
     "60 trees": Variant(trees=60),
     "120 trees": Variant(trees=120),

@@ -40,8 +40,8 @@ def fit_values(
     """
     `V`, linear in the standardised hidden state, by ridge regression in closed form.
 
-    The strength of the penalty is each objective's best by cross-validation, by the variance that
-    is explained within a prompt.
+    The strength of the penalty is the best by cross-validation, by the variance that is explained
+    within a prompt; one for all objectives, since noisy ones do not tell.
 
     Args:
         items (`list[dict[str, Any]]`):
@@ -81,21 +81,17 @@ def fit_values(
             g, m = g - grams[left_out], m - moments[left_out]
         return torch.linalg.solve(g, m).float()
 
-    found: list[list[torch.Tensor]] = []
-    errors = torch.zeros(len(STRENGTHS), moment.shape[1])
-    for strength, error in zip(STRENGTHS, errors):
+    best = (float("inf"), 0.0, labels)
+    for strength in STRENGTHS:
         parts = [solve(fold if folds > 1 else None, strength) for fold in range(folds)]
-        found.append([(features(x) @ parts[i % folds]).cpu() for i, x in enumerate(items)])
-        for value, label, share in zip(found[-1], labels, reach):
+        values = [(features(x) @ parts[i % folds]).cpu() for i, x in enumerate(items)]
+        error = 0.0
+        for value, label, share in zip(values, labels, reach):
             off = value - label
             off = off - (share * off).sum(0) / share.sum()
-            error += (share * off.square()).sum(0)
-    best = errors.argmin(0).tolist()
-    weights = torch.stack([solve(None, STRENGTHS[b])[:, i] for i, b in enumerate(best)], 1)
-    values = [
-        torch.stack([found[b][n][:, i] for i, b in enumerate(best)], 1) for n in range(len(items))
-    ]
-    return weights, values
+            error += float((share * off.square()).sum())
+        best = min(best, (error, strength, values), key=lambda found: found[0])
+    return solve(None, best[1]), best[2]
 
 
 def lambda_returns(

@@ -133,7 +133,7 @@ class MAVISConfig(TrainingArguments):
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: Defaults to `2e-4`, with `head_type="hidden"` to `1e-3`, instead of `5e-5`.
     > - `per_device_train_batch_size`: Defaults to `4` instead of `8`; one item is a tree.
-    > - `num_train_epochs`: Defaults to `2`, with `head_type="hidden"` to `5`, instead of `3`.
+    > - `num_train_epochs`: Defaults to `2` instead of `3`, but with `head_type="hidden"`.
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`; reward functions get all
@@ -162,7 +162,7 @@ class MAVISConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Total number of training epochs to perform. If `None`, it defaults to `2`, "
-            "with `head_type='hidden'` to `5`."
+            "with `head_type='hidden'` to `3`."
         },
     )
     logging_steps: float = field(
@@ -397,7 +397,7 @@ class MAVISConfig(TrainingArguments):
         heads = self.head_type == "hidden"
         for name, default in (
             ("learning_rate", 1e-3 if heads else 2e-4),
-            ("num_train_epochs", 5.0 if heads else 2.0),
+            ("num_train_epochs", 3.0 if heads else 2.0),
             ("action_rank", 32 if heads else 128),
         ):
             if getattr(self, name) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -188,6 +189,22 @@ def test_rows_of_other_parameters_and_unguided_ones_share_a_batch(base, referenc
             torch.testing.assert_close(row.logsumexp(0), before.topk(top_k).values.logsumexp(0))
     assert guide.plan(np.array([3, 3])) == []
     assert guide.plan_on_device(torch.tensor([3, 3]), np.array([3])) == []
+
+
+def test_a_step_never_waits_for_the_device(heads, monkeypatch):
+    """A meta device holds no data, so that reading any of it back is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # it has none
+    meta = torch.device("meta")
+    guide = HeadGuide([MAVISValueModel.load(str(heads))], 4, meta)
+    for slot in range(3):
+        guide.start(slot, GuidanceParams((1, 0.5), top_k=7 + 9 * slot, kl_budget=0.1 + slot))
+    logits, hidden = torch.empty(6, 96, device=meta), torch.empty(6, 64, device=meta)
+    slots = np.array([2, 0, 3, 1, 0, 2])
+    mixed = guide.plan(slots)
+    assert len(mixed) == 3
+    on_device = torch.empty(6, dtype=torch.int32, device=meta)
+    for plans in (mixed, guide.plan_on_device(on_device, np.arange(4))):
+        assert guide.apply(logits, hidden, plans).device == meta
 
 
 def test_assisted_decoding_is_refused(base, processor):

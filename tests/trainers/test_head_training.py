@@ -99,7 +99,7 @@ def test_values_are_those_of_regressions_that_have_not_seen_the_tree():
     items = []
     for _ in range(10):
         x = rng.normal(size=(30, 6))
-        y = x @ truth + rng.normal(size=(30, 2)) * (0.1, 30.0) + rng.normal()
+        y = x @ truth + rng.normal(size=(30, 2)) * (0.1, 1.0) + rng.normal()
         items.append(
             {
                 "hidden": torch.from_numpy(x).float(),
@@ -353,4 +353,4 @@ def test_defaults_depend_on_the_head(tmp_path):
             MAVISConfig(str(tmp_path), use_cpu=True, head_type="hidden", learning_rate=5e-4),
         )
     ]
-    assert chosen == [(2e-4, 2.0, 128), (1e-3, 5.0, 32), (5e-4, 5.0, 32)]
+    assert chosen == [(2e-4, 2.0, 128), (1e-3, 3.0, 32), (5e-4, 3.0, 32)]
