@@ -8,6 +8,8 @@ in variances of the reward. The 4-layer state head of the demo is measured at a 
 prefixes, and the default heads there too. Writes `benchmarks/results/hidden_heads.json` and
 `docs/hidden_heads.md`. What the heads gain when they are sampled with:
 
+    python examples/train_value_models.py --config examples/train_value_models.yaml \
+        --head_type hidden --learning_rate 1e-3 --output_dir artifacts/heads
     python benchmarks/heads.py --models state=artifacts/value_model hidden=artifacts/heads
 """
 
