@@ -207,11 +207,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# KL efficiency of heads on the base model's hidden state",
         "",
-        f"Held-out prompts of the demo ({result['held_out']} trees), medians over "
-        f"{result['seeds']} seeds, in brackets their range; the interval over the trees, about as "
-        "large as half of the value, is in `hidden_heads.json`. `python "
-        "benchmarks/hidden_heads.py`. As the trainer does, of every run the best fifth is kept, by "
-        "the last column and on the same trees.",
+        f"Held-out prompts of the demo ({result['held_out']} trees), medians of {result['seeds']} "
+        "seeds and their range; the interval over the trees, about as large as half of the value, "
+        "is in `hidden_heads.json`. As the trainer does, of every run the best fifth is kept, by "
+        "the last column and on the same trees. `python benchmarks/hidden_heads.py`.",
         "",
         f"| | {' | '.join(OBJECTIVES)} | mean gain at half a nat |",
         "| --- " * (len(OBJECTIVES) + 2) + "|",
@@ -219,7 +218,9 @@ def table(result: dict[str, Any]) -> str:
     for name, runs in result["variants"].items():
         kept = [max(map(efficiencies, run["curve"]), key=mean_gain) for run in runs]
         values = np.array(kept)
-        cells = [f"{np.median(v):.3f} [{v.min():.3f}, {v.max():.3f}]" for v in values.T]
+        cells = [f"{np.median(v):.3f}" for v in values.T]
+        if len(values) > 1:
+            cells = [f"{c} [{v.min():.3f}, {v.max():.3f}]" for c, v in zip(cells, values.T)]
         gain = np.median([mean_gain(v) for v in values])
         lines.append(f"| {name} | {' | '.join(cells)} | {gain:.3f} |")
     for name, measures in result.get("some_prefixes", {}).items():

@@ -17,7 +17,6 @@ class Reference:
 
         self.base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32).eval()
         self.values = [MAVISValueModel.load(str(path)).eval() for path in value_models]
-        self.embedding = self.base.get_input_embeddings().weight.detach().double()
 
     @torch.no_grad()
     def distribution(
@@ -54,7 +53,7 @@ class Reference:
         return dict(zip(candidates.tolist(), torch.softmax(score, 0).tolist()))
 
     def head_values(self, model, prefix: Sequence[int], candidates: torch.Tensor) -> torch.Tensor:
-        """`<U_i(h(s)), P(e(a))> + b_i(e(a))` written out from the weights, in float64."""
+        """`<U_i(h(s)), P(e(a))> + b_i(e(a))` from the saved weights and table, in float64."""
         w = {name: weight.double() for name, weight in model.state_dict().items()}
 
         def layers(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -64,9 +63,7 @@ class Reference:
         output = self.base(torch.tensor([list(prefix)]), output_hidden_states=True)
         hidden = output.hidden_states[-1][0, -1].double()  # after the final norm
         hidden = (hidden - w["hidden_mean"]) / w["hidden_std"]
-        e = self.embedding[candidates]
-        e = e / (e.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-        actions, rank = layers(e, "action"), model.config.action_rank
+        actions, rank = w["action_table"][candidates], model.config.action_rank
         query = layers(hidden, "query").view(-1, rank)
         return actions[:, :rank] @ query.T + actions[:, rank:]
 

@@ -130,7 +130,7 @@ def test_beams_have_the_log_probabilities_of_the_guided_policy(base, reference, 
         for n in range(len(PROMPTS[2]), len(row)):
             policy = reference.distribution(row[:n], (1.0, -0.5), BETA, TOP_K, masked=[EOS])
             total += np.log(policy[row[n]])
-        assert score == pytest.approx(total, abs=1e-2)  # half-precision table
+        assert score == pytest.approx(total, abs=1e-3)
 
 
 def test_several_heads_and_a_kl_budget(tmp_path, base, base_model, heads):
@@ -183,9 +183,7 @@ def test_rows_of_other_parameters_and_unguided_ones_share_a_batch(base, referenc
             assert row.isfinite().sum() == top_k
             probabilities = row.softmax(0)
             for token, p in policy.items():
-                assert probabilities[token].item() == pytest.approx(
-                    p, abs=2e-3
-                )  # half-precision table
+                assert probabilities[token].item() == pytest.approx(p, abs=1e-4)
             torch.testing.assert_close(row.logsumexp(0), before.topk(top_k).values.logsumexp(0))
     assert guide.plan(np.array([3, 3])) == []
     assert guide.plan_on_device(torch.tensor([3, 3]), np.array([3])) == []
