@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
-from trimtab.plugins.hidden_states import weights_fingerprint
+from trimtab.plugins.hidden_states import checkpoint_fingerprint
 from trimtab.trainers import read_rollouts
 from trimtab.trainers.head_training import (
     add_excess,
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=ROOT / "docs/hidden_heads.md")
     args = parser.parse_args()
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto")
-    fingerprint, datasets = weights_fingerprint(args.base), {}
+    fingerprint, datasets = checkpoint_fingerprint(args.base), {}
     trees = read_rollouts(args.rollouts / "train")
     mean, std = reward_statistics(trees, OBJECTIVES)
     for name in ("train", "eval"):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .engine import to_device
 from .guidance import guide, top_candidates
-from .hidden_states import weights_fingerprint
+from .hidden_states import checkpoint_fingerprint
 from .params import GuidanceParams
 from .value_model import (
     MAVISValueConfig,
@@ -198,7 +198,7 @@ class MAVISValueHeads(PreTrainedModel):
             base_embedding_size=full.get_input_embeddings().weight.shape[1],
             base_model=name,
             base_model_fingerprint=base_model_fingerprint(full.config),
-            base_weights_fingerprint=weights_fingerprint(name),
+            base_checkpoint_fingerprint=checkpoint_fingerprint(name),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
             **{"action_rank": 32, **config_fields},
         )

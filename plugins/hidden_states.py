@@ -25,6 +25,10 @@ SAMPLED = 64  # numbers of every tensor that a fingerprint is of
 _newest = threading.local()  # `rows`: what vLLM's layer has read last in this thread
 
 
+class MissingHiddenStates(RuntimeError):
+    """vLLM's output layer has not read a row for each of the logits."""
+
+
 def watch_vllm() -> None:
     """Keeps what vLLM's output layers read, from now on, in this process.
 
@@ -75,13 +79,13 @@ def rows_of(
         `[num_rows, hidden_size]`, in the base model's dtype.
 
     Raises:
-        RuntimeError: vLLM's layer was not called, or with other rows.
+        MissingHiddenStates: vLLM's layer was not called, or with other rows.
     """
     hidden = getattr(_newest, "rows", None)
     expected = (num_rows if total is None else total, hidden_size)
     if hidden is None or tuple(hidden.shape) != expected:
         found = "none" if hidden is None else f"{list(hidden.shape)}"
-        raise RuntimeError(
+        raise MissingHiddenStates(
             f"value heads need hidden states of shape {list(expected)}, a row for each of the "
             f"logits, and vLLM's output layer has read {found}: this base model or runner computes "
             "logits in another way; serve it with a value model that has a backbone (head_type "
@@ -147,7 +151,7 @@ class OutputLayerInput:
         return rows
 
 
-def weights_fingerprint(name_or_path: str) -> str | None:
+def checkpoint_fingerprint(name_or_path: str) -> str | None:
     """SHA-256 of a sample of every tensor of a checkpoint on disk, rounded to bfloat16.
 
     Args:
@@ -195,7 +199,7 @@ def _weight_files(name_or_path: str) -> list[Path]:
     return [] if None in found else [path for path in found if path is not None]
 
 
-def check_base_weights(config: Any, base_model: str, changed: str | None) -> str | None:
+def check_checkpoint(config: Any, base_model: str, changed: str | None) -> str | None:
     """Refuses heads that were trained on another checkpoint than the one they are to read.
 
     Args:
@@ -216,10 +220,10 @@ def check_base_weights(config: Any, base_model: str, changed: str | None) -> str
             f"{names}; {base_model!r} runs with {changed}, so that they read features that they "
             "were not trained on: measure what they still gain"
         )
-    found = weights_fingerprint(base_model)
-    if found is None or config.base_weights_fingerprint is None:
+    found = checkpoint_fingerprint(base_model)
+    if found is None or config.base_checkpoint_fingerprint is None:
         return f"{names}; whether {base_model!r} is that checkpoint could not be checked"
-    if found != config.base_weights_fingerprint:
+    if found != config.base_checkpoint_fingerprint:
         raise ValueError(
             f"{names}, and {base_model!r} has other weights: heads read the hidden states of one "
             "checkpoint only; train them on this one"

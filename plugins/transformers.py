@@ -14,7 +14,7 @@ from .adapters import load_value_models
 from .engine import GIB, ValueEngine
 from .guide import Guide
 from .heads import HeadGuide, MAVISValueHeads, are_heads
-from .hidden_states import OutputLayerInput, check_base_weights
+from .hidden_states import OutputLayerInput, check_checkpoint
 from .params import GuidanceParams, check_number, parse_weights
 from .value_model import MAVISValueModel, base_model_fingerprint, tokenizer_fingerprint
 
@@ -281,7 +281,7 @@ def _check_base_model(config: Any, model: Any) -> None:
         changed = "a quantisation"
     elif getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         changed = "an adapter"
-    warning = check_base_weights(config, name, changed)
+    warning = check_checkpoint(config, name, changed)
     if warning:
         logger.warning(warning)
 

@@ -57,8 +57,9 @@ class MAVISValueConfig(PreTrainedConfig):
         base_hidden_size: Width of that hidden state.
         base_embedding_size: Width of the base model's token embedding.
         base_vocab_size: Tokens that the base model has logits for.
-        base_weights_fingerprint: See [`weights_fingerprint`][trimtab.plugins.hidden_states]; these
-            heads fit one checkpoint.
+        base_checkpoint_fingerprint: See
+            [`checkpoint_fingerprint`][trimtab.plugins.hidden_states]; these heads fit one
+            checkpoint.
         candidate_range: Largest difference between the values of two candidates of one prefix that
             was observed, per objective; candidate pruning relies on it. None if not measured.
         candidate_scale: Factor of the values where they guide, per objective, not negative: how
@@ -87,7 +88,7 @@ class MAVISValueConfig(PreTrainedConfig):
     base_hidden_size: int | None = None
     base_embedding_size: int | None = None
     base_vocab_size: int | None = None
-    base_weights_fingerprint: str | None = None
+    base_checkpoint_fingerprint: str | None = None
     candidate_range: list[float] | None = None
     candidate_scale: list[float] | None = None
     top_k: int = 40

@@ -38,7 +38,14 @@ from .adapters import load_value_models
 from .engine import GIB, History, ValueEngine, to_device
 from .guide import Guide
 from .heads import HeadGuide, MAVISValueHeads, Rows, are_heads
-from .hidden_states import check_base_weights, check_vllm, forget_rows, rows_of, watch_vllm
+from .hidden_states import (
+    MissingHiddenStates,
+    check_checkpoint,
+    check_vllm,
+    forget_rows,
+    rows_of,
+    watch_vllm,
+)
 from .params import GuidanceConfig, GuidanceParams, argument, read_request, request_params
 from .value_model import (
     MAVISValueModel,
@@ -175,6 +182,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._rows = self._slots = np.zeros(0, dtype=np.int64)
         self._heads: HeadGuide | None = None
         self.failures: Counter[str] = Counter()
+        self._ranks = vllm_config.parallel_config.tensor_parallel_size
         self._samples = samples()
         if not self._samples:
             logger.info("MAVIS: guides on the last pipeline rank, which samples; not on this one")
@@ -213,7 +221,6 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._v2: LogitsProcRequestState | None = None if is_pin_memory is not None else state  # type: ignore
         self._runner = ModelRunner()
         self._free_slots = list(range(num_slots))
-        self._ranks = vllm_config.parallel_config.tensor_parallel_size
         if len(set(largest_and_smallest(engine.kernels))) > 1:
             raise ValueError(
                 "the value models run by other kernels on this tensor-parallel rank than on "
@@ -247,6 +254,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._heads = HeadGuide(models, vllm_config.scheduler_config.max_num_seqs, device)
         self._speculates = vllm_config.speculative_config is not None
         self._plan: list[Rows] = []  # V1: the guided rows
+        self._found_rows = False
         logger.info(
             "MAVIS: objectives %s, defaults %s, heads on the served model's hidden state on %s, "
             "%.3f GiB weights",
@@ -439,21 +447,26 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             plan = heads.plan(ctx.idx_mapping_np)
         if not plan:
             return logits
-        return heads.apply(logits, rows_of(len(logits), heads.hidden_size, start, total), plan)
+        hidden = rows_of(len(logits), heads.hidden_size, start, total)
+        self._found_rows = True
+        return heads.apply(logits, hidden, plan)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """Tilt the guided rows of `logits` `[rows, vocab]` float32 in place.
 
         Where that fails, the step's rows stay as they are: an engine that serves many requests is
-        not stopped for it. Without hidden states for heads it is: every step would be unguided.
+        not stopped for it. It is where heads have never found the hidden states that they read: no
+        step would be guided.
         """
-        if self._heads is not None:
-            return self._apply_heads(self._heads, logits, ctx)
         try:
+            if self._heads is not None:
+                return self._apply_heads(self._heads, logits, ctx)
             return self._apply_v1(logits) if ctx is None else self._apply_v2(logits, ctx)
         except Exception as error:
             if self._ranks > 1:
                 raise  # other ranks may have guided: they would go on with other tokens
+            if isinstance(error, MissingHiddenStates) and not self._found_rows:
+                raise
             kind = type(error).__name__
             if not self.failures[kind]:
                 logger.exception(
@@ -508,7 +521,7 @@ def _check_base_model(
         quantization = model_config.quantization
         changed = f"quantization {quantization!r}" if quantization else None
         for warning in (
-            check_base_weights(config, model_config.model, changed),
+            check_checkpoint(config, model_config.model, changed),
             vllm_config.lora_config is not None
             and "requests with a LoRA adapter show them features that they were not trained on",
         ):

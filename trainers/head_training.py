@@ -338,7 +338,7 @@ class HeadTraining(TrainerCallback):
             self.embedding = cache_hidden_states(
                 folder,
                 trainer.load_base_model,
-                config.base_weights_fingerprint,
+                config.base_checkpoint_fingerprint,
                 config.top_k,
                 trainer.args.max_length,
                 min(trainer.eos_token_ids),

@@ -93,7 +93,7 @@ def cache_path(rollouts: Path) -> Path:
 def cache_hidden_states(
     folder: str | Path,
     load_base_model: Callable[[], Any],
-    weights_fingerprint: str | None,
+    checkpoint_fingerprint: str | None,
     top_k: int,
     max_length: int,
     pad_token_id: int,
@@ -107,7 +107,7 @@ def cache_hidden_states(
             Where [`collect_rollouts`] wrote.
         load_base_model (`Callable[[], PreTrainedModel]`):
             Called when something is missing.
-        weights_fingerprint (`str`, *optional*):
+        checkpoint_fingerprint (`str`, *optional*):
             Tells the base model's checkpoint from others.
         top_k (`int`):
             Number of candidates after every prefix.
@@ -128,7 +128,7 @@ def cache_hidden_states(
     show = accelerator.is_main_process
     for path in tqdm(mine, desc="Hidden states of the base model", unit="file", disable=not show):
         trees = read_trees(path)[0]
-        identity = _identity(trees, weights_fingerprint, top_k)
+        identity = _identity(trees, checkpoint_fingerprint, top_k)
         if _stored_identity(cache_path(path)) == identity:
             continue
         if base_model is None:
@@ -139,7 +139,7 @@ def cache_hidden_states(
         columns = [read_tree(base_model, t, top_k, max_length, pad_token_id) for t in trees]
         tensors = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
         _write(cache_path(path), tensors, identity)
-    of_checkpoint = f"{FORMAT} {weights_fingerprint}"
+    of_checkpoint = f"{FORMAT} {checkpoint_fingerprint}"
     if show and _stored_identity(of_embedding) != of_checkpoint:
         base_model = load_base_model() if base_model is None else base_model
         embedding = base_model.get_input_embeddings().weight.detach().cpu().contiguous()
@@ -255,8 +255,8 @@ def _check_trees_are_followed(base_model: Any, trees: Sequence[Tree], pad_token_
         )
 
 
-def _identity(trees: Sequence[Tree], weights_fingerprint: str | None, top_k: int) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, weights_fingerprint, top_k]).encode())
+def _identity(trees: Sequence[Tree], checkpoint_fingerprint: str | None, top_k: int) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, checkpoint_fingerprint, top_k]).encode())
     for tree in trees:
         digest.update(json.dumps([[n.parent, n.tokens] for n in tree.nodes]).encode())
     return digest.hexdigest()

@@ -26,8 +26,8 @@ from trimtab.plugins import (
 from trimtab.plugins.heads import HeadGuide
 from trimtab.plugins.hidden_states import (
     OutputLayerInput,
-    check_base_weights,
-    weights_fingerprint,
+    check_checkpoint,
+    checkpoint_fingerprint,
 )
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
@@ -88,7 +88,7 @@ def test_heads_are_saved_small_and_whole(heads, base_model):
     assert files == {"config.json", "model.safetensors", "README.md"}
     config = MAVISValueModel.load(str(heads)).config
     assert config.base_model == str(base_model) and config.backbone_config is None
-    assert config.base_weights_fingerprint == weights_fingerprint(str(base_model))
+    assert config.base_checkpoint_fingerprint == checkpoint_fingerprint(str(base_model))
     card = (heads / "README.md").read_text()
     assert f"the hidden state of `{base_model}` itself, of width 64" in card
 
@@ -259,11 +259,11 @@ def test_heads_of_another_checkpoint_are_refused(tmp_path, base, base_model, hea
     with pytest.raises(ValueError, match="is of another architecture: train heads on it"):
         MAVISLogitsProcessor([narrow], weights=WEIGHTS, model=base)
     config = MAVISValueModel.load(str(heads)).config
-    warning = check_base_weights(config, str(other), "a quantisation")
+    warning = check_checkpoint(config, str(other), "a quantisation")
     assert warning is not None and "runs with a quantisation" in warning
-    warning = check_base_weights(config, str(tmp_path), None)  # there are no weights
+    warning = check_checkpoint(config, str(tmp_path), None)  # there are no weights
     assert warning is not None and "could not be checked" in warning
-    assert check_base_weights(config, str(base_model), None) is None
+    assert check_checkpoint(config, str(base_model), None) is None
 
 
 def test_a_copy_of_other_precision_and_sharding_is_the_same_checkpoint(tmp_path, base_model):
@@ -271,10 +271,10 @@ def test_a_copy_of_other_precision_and_sharding_is_the_same_checkpoint(tmp_path,
     model.save_pretrained(tmp_path / "half")
     model.float().save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    same = weights_fingerprint(str(tmp_path / "half"))
-    assert weights_fingerprint(str(tmp_path / "sharded")) == same
-    assert same == weights_fingerprint(str(base_model))
-    assert weights_fingerprint(str(tmp_path / "nothing")) is None
+    same = checkpoint_fingerprint(str(tmp_path / "half"))
+    assert checkpoint_fingerprint(str(tmp_path / "sharded")) == same
+    assert same == checkpoint_fingerprint(str(base_model))
+    assert checkpoint_fingerprint(str(tmp_path / "nothing")) is None
 
 
 @pytest.mark.parametrize(

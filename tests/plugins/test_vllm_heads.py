@@ -99,7 +99,7 @@ def test_any_mix_of_requests_equals_the_plain_computation(llm, reference):
 def test_sampled_first_tokens_have_the_guided_distribution(llm, reference):
     from scipy.stats import chisquare
 
-    prompt, weights, count = random_prompts(11, 1)[0], (0.5, -1.0, 0.5), 3000
+    prompt, weights, count = random_prompts(11, 1)[0], (0.5, -1.0, 0.5), 1200
     params = sampling(weights, 1, 1.0, n=count)
     drawn = [
         o.token_ids[0] for o in llm.generate(tokens([prompt]), params, use_tqdm=False)[0].outputs
@@ -175,7 +175,7 @@ def test_a_server_in_which_heads_would_read_wrong_rows_does_not_start(
         v1_processor(base_model, {"value_models": renamed})
 
 
-def test_rows_that_do_not_match_stop_the_engine(base_model, heads):
+def test_rows_that_never_match_stop_the_engine_and_later_ones_go_on_unguided(base_model, heads):
     from vllm.v1.sample.logits_processor import BatchUpdate
 
     from trimtab.plugins import hidden_states
@@ -192,8 +192,8 @@ def test_rows_that_do_not_match_stop_the_engine(base_model, heads):
     hidden_states._newest.rows = torch.randn(2, 64)
     assert not processor.apply(logits.clone()).equal(logits)
     processor.update_state(None)  # a step begins: what the last one left is not taken for its own
-    with pytest.raises(RuntimeError, match="output layer has read none"):
-        processor.apply(logits.clone())
+    assert processor.apply(logits.clone()).equal(logits)
+    assert processor.failures == {"MissingHiddenStates": 1}
 
 
 def test_unguided_rows_are_bit_identical(base_model, heads):

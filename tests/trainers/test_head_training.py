@@ -260,7 +260,7 @@ def test_hidden_states_are_computed_once_and_again_if_they_do_not_fit(
             loads.append(fingerprint)
             return AutoModelForCausalLM.from_pretrained(base_model)
 
-        known = made.value_config.base_weights_fingerprint
+        known = made.value_config.base_checkpoint_fingerprint
         cache_hidden_states(
             rollouts, load, known if fingerprint == "same" else fingerprint, top_k, 1024, END,
             Accelerator(cpu=True),
