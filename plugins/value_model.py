@@ -30,7 +30,14 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .params import MAX_TOP_K, check_integer, check_number, check_objective_name, quote
+from .params import (
+    MAX_STRENGTH,
+    MAX_TOP_K,
+    check_integer,
+    check_number,
+    check_objective_name,
+    quote,
+)
 
 HEAD_TYPES = ("state", "action", "hidden")
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
@@ -62,7 +69,7 @@ class MAVISValueConfig(PreTrainedConfig):
             checkpoint.
         candidate_range: Largest difference between the values of two candidates of one prefix that
             was observed, per objective; candidate pruning relies on it. None if not measured.
-        candidate_scale: Factor of the values where they guide, per objective, not negative: how
+        candidate_scale: Factor of the values where they guide, per objective, 0 to 1e6: how
             much of the differences that they predict between candidates responses bear out. None
             is 1.
         top_k: Number of candidates that the model was trained to guide among.
@@ -125,7 +132,7 @@ class MAVISValueConfig(PreTrainedConfig):
             if self.candidate_range is not None:
                 self.candidate_range = self._numbers("candidate_range", 0.0, 0, LARGEST)
             if self.candidate_scale is not None:
-                self.candidate_scale = self._numbers("candidate_scale", 1.0, 0, LARGEST)
+                self.candidate_scale = self._numbers("candidate_scale", 1.0, 0, MAX_STRENGTH)
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"head_type must be one of {HEAD_TYPES}, got {quote(self.head_type)}")
         check_integer("action_rank", self.action_rank, 1, MAX_TOP_K)
