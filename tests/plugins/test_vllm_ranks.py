@@ -26,6 +26,9 @@ def two_ranks(monkeypatch, base_model, value_model, action_model):
     from vllm import LLM
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # A test reads the log: importing TRL leaves another level, which a forked process would keep.
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     engines = []
 
     def start(**options):
