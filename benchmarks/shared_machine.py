@@ -4,7 +4,7 @@ Threads that wait for each other spin, so that one that a neighbour holds up cos
 their cores. Each choice of threads and of how they wait samples the same trees of responses, in a
 process of its own, alone and beside one that computes all the time; the arms take turns.
 
-    python benchmarks/shared_machine.py    # a quarter of an hour; writes its JSON and a table
+    python benchmarks/shared_machine.py    # half an hour; writes its JSON and a table
 """
 
 from __future__ import annotations
