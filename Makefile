@@ -37,7 +37,7 @@ test-newest:
 	$(NEWEST)/bin/pip install -q torch==2.13.0
 	$(NEWEST)/bin/pip install -q --upgrade --upgrade-strategy only-if-needed --no-build-isolation \
 		-e '.[trl]' transformers trl peft accelerate datasets hypothesis matplotlib openai pytest \
-		pytest-timeout scipy
+		pytest-timeout scikit-learn scipy
 	$(NEWEST)/bin/python -m pytest tests/trainers tests/plugins --ignore-glob='*test_vllm*' \
 		-k 'not vllm'
 
