@@ -156,9 +156,8 @@ class ValueEngine:
         self.weight_bytes += sum(t.nbytes for t in self._action_tables if t is not None)
 
         self._num_blocks = num_blocks
-        self._table = np.zeros(
-            (num_slots, blocks_each), dtype=np.int64
-        )  # a slot's blocks, in order
+        # A slot's blocks, in order.
+        self._table = np.zeros((num_slots, blocks_each), dtype=np.int64)
         self._used = np.zeros(num_slots, dtype=np.int64)  # last step that needed the slot
         self._clock = 0
         self._forget()

@@ -2,7 +2,7 @@
 
 Heads need the row of every row of logits. vLLM does not hand it to logits processors: its layer
 that computes logits is watched, `vllm.model_executor.layers.logits_processor.LogitsProcessor`, as
-read in vLLM 0.32 and 0.33. Both model runners call it once for the rows that they sample, before
+read in vLLM 0.32. Both model runners call it once for the rows that they sample, before
 the processors; for prompt log-probabilities and drafts they call it again afterwards. This file
 also tells checkpoints apart, since these features belong to one.
 """
@@ -46,7 +46,7 @@ def watch_vllm() -> None:
     if names != ["self", "lm_head", "hidden_states"]:
         raise ValueError(
             "value heads read the hidden states that vLLM's layer LogitsProcessor gets, and this "
-            f"version's has the arguments {names}: install vLLM 0.32 or 0.33"
+            f"version's has the arguments {names}: install vLLM 0.32"
         )
 
     @functools.wraps(compute)

@@ -1,6 +1,6 @@
 """What the plugin reads of vLLM that vLLM does not promise, in one place.
 
-Read in vLLM 0.32 and 0.33. Where another version has moved something, the functions say what they
+Read in vLLM 0.32. Where another version has moved something, the functions say what they
 cannot tell, and the plugin does without it.
 """
 
