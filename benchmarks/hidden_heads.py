@@ -32,10 +32,12 @@ from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.plugins.hidden_states import checkpoint_fingerprint
 from trimtab.trainers import read_rollouts
 from trimtab.trainers.head_training import (
+    add_baseline,
     add_excess,
     centred_advantages,
     efficiency,
     efficiency_sums,
+    fit_values,
     head_loss,
     read_heads,
     set_values,
@@ -62,7 +64,7 @@ class Variant:
     gae_lambda: float = 0.5
     centred: bool = False  # excesses less their mean within a prompt
     sampled_square: bool = False  # of the advantage, instead of the candidates' variance
-    cross_fitted: bool = True  # the baseline; else of the regression on the same trees
+    sums: bool = True  # read by the baseline; else the hidden state alone, as `V` does
     width: int = 128
     rank: int = 32
     weight_decay: float = 0.0
@@ -77,7 +79,7 @@ VARIANTS = {
     "gae_lambda 0.8": Variant(gae_lambda=0.8),
     "gae_lambda 1": Variant(gae_lambda=1.0),
     "centred within a prompt": Variant(centred=True),
-    "baseline not cross-fitted": Variant(cross_fitted=False),
+    "baseline of the hidden state alone": Variant(sums=False),
     "square of the sampled advantage": Variant(sampled_square=True),
     "width 32, rank 8": Variant(width=32, rank=8),
     "width 512, rank 64": Variant(width=512, rank=64),
@@ -116,10 +118,13 @@ def train(
     )
     chosen = [dict(items[i]) for i in rng.permutation(len(items))[: variant.trees]]
     model.set_statistics(torch.cat([item["hidden"] for item in chosen]))
-    values = set_values(model, chosen)
-    if not variant.cross_fitted:
-        values = [model.read_values(item["hidden"]) for item in chosen]
-    add_excess(chosen, values, variant.gae_lambda)
+    set_values(model, chosen)
+    if variant.sums and len(chosen) < len(items):  # else they have that of all
+        add_baseline(chosen, [], embedding, torch.device("cpu"))
+    elif not variant.sums:
+        values = fit_values(chosen, lambda item: model.standardize(item["hidden"]))[1]
+        chosen = [item | {"baseline": value} for item, value in zip(chosen, values)]
+    add_excess(chosen, variant.gae_lambda)
     if variant.centred:
         for item in chosen:
             item["excess"] = item["excess"] - item["excess"].mean(0)
@@ -256,6 +261,8 @@ def main() -> None:
         )
         datasets[name] = HeadDataset([folder], OBJECTIVES, mean, std).items
     items, held_out = datasets["train"], datasets["eval"]
+    embedding = base.get_input_embeddings().weight.detach()
+    add_baseline(items, held_out, embedding, torch.device("cpu"))  # all are measured with this one
     result: dict[str, Any] = {"seeds": args.seeds, "held_out": len(held_out), "variants": {}}
     default = None
     for name in args.variants:

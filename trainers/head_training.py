@@ -1,14 +1,16 @@
 """What heads on the base model's hidden state learn, and the measure of how well they guide.
 
 `V` is a regression in closed form. `A` learns from the tokens that were sampled what their returns
-exceed `V` by, where `V` is cross-fitted: of a regression that has not seen the tree.
+exceed a *baseline* by: a better `V`, since it may read more than what is served, and cross-fitted,
+of a regression that has not seen the tree.
 
 Pure functions of the rows of [`~trimtab.trainers.hidden_states.collate_rows`]. The measure is *KL
 efficiency*: with `A` the predicted advantage of the sampled token, centred under the base model,
-`C = E[sum_t A(s_t, a_t) (G_t - V(s_t))]` and `D = E[sum_t Var_{a ~ pi_ref} A(s_t, a)]` of a
-response, guidance with a small `beta` gains `beta C` at a KL of `beta^2 D / 2`, so that `C^2 / D`
-is the squared gain by two nats, in variances of the reward, and `C / D` the scale with which `beta`
-means the same for every model.
+and `B` the baseline, `C = E[sum_t A(s_t, a_t) (G_t - B(s_t))]` and
+`D = E[sum_t Var_{a ~ pi_ref} A(s_t, a)]` of a response, guidance with a small `beta` gains `beta C`
+at a KL of `beta^2 D / 2`, so that `C^2 / D` is the squared gain by two nats, in variances of the
+reward, and `C / D` the scale with which `beta` means the same for every model. Any baseline gives
+the same `C` in expectation, and a better one with less noise.
 """
 
 from __future__ import annotations
@@ -30,15 +32,80 @@ logger = logging.get_logger(__name__)
 
 FOLDS = 5  # of the cross-validation of `V`
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of its penalty, in features' variances
+WIDEST_SUM = 1024  # features of a sum along a branch
+MIN_STD = 1e-3  # of a feature
 HELD_OUT = 8  # one prompt in so many is held out where no others are given
+
+
+class BranchFeatures:
+    """
+    What the baseline reads of a row: its hidden state, and how many tokens the response has so far,
+    and their sums of hidden states and of embeddings; standardised.
+
+    A reward of the whole response (how positive, how rare its words) gathers along it, and a hidden
+    state that is there to predict the next token tells little of what was said ten tokens ago.
+
+    Args:
+        items (`list[dict[str, Any]]`):
+            To standardise by, of a [`~trimtab.trainers.hidden_states.HeadDataset`].
+        embedding (`torch.Tensor`):
+            The base model's, `[vocab, embedding_size]`.
+        device (`torch.device`):
+            Where to compute.
+    """
+
+    def __init__(
+        self, items: Sequence[dict[str, Any]], embedding: torch.Tensor, device: torch.device
+    ) -> None:
+        self.embedding, self.device = embedding, device
+        generator = torch.Generator().manual_seed(0)
+        widths = {items[0]["hidden"].shape[1], embedding.shape[1]}
+        # Sums of wide models are told by projections: the regression is cubic in the features.
+        self.projections = {
+            width: torch.randn(width, WIDEST_SUM, generator=generator) / width**0.5
+            for width in sorted(widths)
+            if width > WIDEST_SUM
+        }
+        total = square = torch.zeros(1, dtype=torch.float64, device=device)
+        count = sum(len(item["tokens"]) for item in items)
+        for item in items:
+            x = self.read(item).double()
+            total, square = total + x.sum(0), square + x.square().sum(0)
+        self.mean = (total / count).float()
+        self.std = (square / count - (total / count).square()).clamp(min=0).sqrt().float()
+        self.std.clamp_(min=MIN_STD)
+
+    def read(self, item: Mapping[str, Any]) -> torch.Tensor:
+        """Before they are standardised, `[n, features]` float32."""
+        previous, depths = (torch.as_tensor(item[name]) for name in ("previous", "depths"))
+        hidden = item["hidden"].float()
+        embedded = self.embedding[torch.as_tensor(item["tokens"])].float()
+        parts = [hidden, depths[:, None].float()]
+        for each in (hidden, embedded):
+            if each.shape[1] in self.projections:
+                each = each @ self.projections[each.shape[1]]
+            sums = torch.zeros_like(each)
+            for rows in depths.argsort(stable=True).split(depths.bincount().tolist())[1:]:
+                sums[rows] = sums[previous[rows]] + each[rows]
+            parts.append(sums)
+        return torch.cat(parts, dim=1).to(self.device)
+
+    def __call__(self, item: Mapping[str, Any]) -> torch.Tensor:
+        """Of an item, `[n, features]` float32."""
+        return (self.read(item) - self.mean) / self.std
+
+
+def with_bias(features: torch.Tensor) -> torch.Tensor:
+    """The features and a column of ones."""
+    return torch.cat((features, features.new_ones(len(features), 1)), dim=1)
 
 
 def fit_values(
     items: Sequence[dict[str, Any]],
-    standardize: Callable[[torch.Tensor], torch.Tensor],
+    features: Callable[[Mapping[str, Any]], torch.Tensor],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    `V`, linear in the standardised hidden state, by ridge regression in closed form.
+    `V`, linear in features of a row, by ridge regression in closed form.
 
     The strength of the penalty is the best by cross-validation. (The one that explains most of the
     variance within a prompt is ten times as large, and heads learnt from it gain a tenth less.)
@@ -46,50 +113,52 @@ def fit_values(
     Args:
         items (`list[dict[str, Any]]`):
             Of a [`~trimtab.trainers.hidden_states.HeadDataset`].
-        standardize (`Callable[[torch.Tensor], torch.Tensor]`):
-            Of hidden states.
+        features (`Callable[[Mapping[str, Any]], torch.Tensor]`):
+            Of an item's rows, standardised, `[n, width]` float32.
 
     Returns:
-        `tuple`: weights and bias, `[hidden_size + 1, n_objectives]` float32; and of every item the
-        values after its rows by a regression that has not seen it, `[n, n_objectives]` float32: the
-        baseline and the next values of what is learnt from the same rollouts would flatter them.
+        `tuple`: weights and bias, `[width + 1, n_objectives]` float32; and of every item the values
+        after its rows by a regression that has not seen it, `[n, n_objectives]` float32: those of
+        one that has would flatter what is learnt from the same rollouts.
     """
-
-    def features(item: dict[str, Any]) -> torch.Tensor:
-        x = standardize(item["hidden"])
-        return torch.cat((x, x.new_ones(len(x), 1)), dim=1)
-
     folds = min(FOLDS, len(items))
     labels = [torch.as_tensor(item["labels"]) for item in items]
     reach = [torch.as_tensor(item["reach"])[:, None] for item in items]
-    first = features(items[0])
+    count = labels[0].shape[1]
+    first = with_bias(features(items[0]))
     device, width = first.device, first.shape[1]
     grams = torch.zeros(folds, width, width, dtype=torch.float64, device=device)
-    moments = torch.zeros(folds, width, labels[0].shape[1], dtype=torch.float64, device=device)
+    moments = torch.zeros(folds, width, count, dtype=torch.float64, device=device)
     for i, item in enumerate(items):
-        x = features(item)
+        x = with_bias(features(item))
         weighted = (x * reach[i].to(device)).T
         grams[i % folds] += weighted @ x
         moments[i % folds] += weighted @ labels[i].to(device)
     gram, moment = grams.sum(0), moments.sum(0)
-    ridge = torch.eye(width, dtype=torch.float64, device=device) * gram[-1, -1]
-    ridge[-1, -1] = 0  # the bias is free
+    ridge = gram[-1, -1].expand(width).clone()
+    ridge[-1] = 0  # the bias is free
 
     def solve(left_out: int | None, strength: float) -> torch.Tensor:
-        g, m = gram + strength * ridge, moment
+        g, m = gram.clone(), moment
         if left_out is not None:
             g, m = g - grams[left_out], m - moments[left_out]
-        return torch.linalg.solve(g, m).float()
+        g.diagonal().add_(strength * ridge)
+        return torch.cholesky_solve(m, torch.linalg.cholesky(g)).float()
 
-    best = (float("inf"), 0.0, labels)
-    for strength in STRENGTHS:
-        parts = [solve(fold if folds > 1 else None, strength) for fold in range(folds)]
-        values = [(features(x) @ parts[i % folds]).cpu() for i, x in enumerate(items)]
-        error = 0.0
-        for value, label, share in zip(values, labels, reach):
-            error += float((share * (value - label).square()).sum())
-        best = min(best, (error, strength, values), key=lambda found: found[0])
-    return solve(None, best[1]), best[2]
+    # Of every fold those of all strengths side by side: features are read once.
+    solved = [
+        torch.cat([solve(fold if folds > 1 else None, s) for s in STRENGTHS], dim=1)
+        for fold in range(folds)
+    ]
+    values = [
+        (with_bias(features(x)) @ solved[i % folds]).cpu().unflatten(1, (-1, count))
+        for i, x in enumerate(items)
+    ]  # [n, strengths, n_objectives] each
+    errors = torch.zeros(len(STRENGTHS))
+    for value, label, share in zip(values, labels, reach):
+        errors += (share[:, None] * (value - label[:, None]).square()).sum((0, 2))
+    best = int(errors.argmin())
+    return solve(None, STRENGTHS[best]), [value[:, best] for value in values]
 
 
 def lambda_returns(
@@ -122,13 +191,31 @@ def lambda_returns(
     return returns
 
 
-def add_excess(
-    items: Sequence[dict[str, Any]], values: Sequence[torch.Tensor], gae_lambda: float
+def add_baseline(
+    items: Sequence[dict[str, Any]],
+    held_out: Sequence[dict[str, Any]],
+    embedding: torch.Tensor,
+    device: torch.device,
 ) -> None:
-    """Adds to every item `excess`, what a token's return exceeds the value before it by."""
+    """
+    Adds to every item its `baseline`, `[n, n_objectives]` float32: of a regression on the others,
+    or for those held out, on all of `items`.
+    """
+    features = BranchFeatures(items, embedding, device)
+    weights, values = fit_values(items, features)
     for item, value in zip(items, values):
+        item["baseline"] = value
+    for item in held_out:
+        item["baseline"] = (with_bias(features(item)) @ weights).cpu()
+
+
+def add_excess(items: Sequence[dict[str, Any]], gae_lambda: float) -> None:
+    """Adds to every item `excess`, what a token's return exceeds the baseline before it by."""
+    for item in items:
         batch = collate_rows([item])
-        item["excess"] = lambda_returns(batch, value, gae_lambda) - value[batch["previous"]]
+        baseline = batch["baseline"]
+        returns = lambda_returns(batch, baseline, gae_lambda)
+        item["excess"] = returns - baseline[batch["previous"]]
 
 
 def centred_advantages(
@@ -192,9 +279,9 @@ def efficiency_sums(
 
     Args:
         batch (`dict[str, torch.Tensor]`):
-            Of [`~trimtab.trainers.hidden_states.collate_rows`].
+            Of [`~trimtab.trainers.hidden_states.collate_rows`], of items with [`add_baseline`].
         values (`torch.Tensor`):
-            `V` after every token, `[n, n_objectives]`.
+            `V` after every token, `[n, n_objectives]`, of which the variance explained is measured.
         advantages (`torch.Tensor`):
             `A` of the candidates there, `[n, k, n_objectives]`.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -207,7 +294,7 @@ def efficiency_sums(
     labels, trees = batch["labels"].double(), batch["trees"]
     of_token, variances, sampled = centred_advantages(batch, advantages, temperature)
     used = sampled[:, None] * batch["reach"][:, None].double()
-    excess = labels - values[batch["previous"]].double()
+    excess = labels - batch["baseline"][batch["previous"]].double()
     columns = torch.stack([used * of_token * excess, used * variances], 1)
     count = int(trees.max()) + 1
 
@@ -263,14 +350,13 @@ def read_heads(
 
 
 @torch.no_grad()
-def set_values(model: Any, items: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
-    """Sets the model's `V` by [`fit_values`], for good, and returns the items' own values."""
+def set_values(model: Any, items: Sequence[dict[str, Any]]) -> None:
+    """Sets the model's `V` by [`fit_values`], for good."""
     device = model.value.weight.device
-    weights, values = fit_values(items, lambda hidden: model.standardize(hidden.to(device)))
+    weights, _ = fit_values(items, lambda item: model.standardize(item["hidden"].to(device)))
     model.value.weight.copy_(weights[:-1].T)
     model.value.bias.copy_(weights[-1])
     model.value.requires_grad_(False)
-    return values
 
 
 class HeadMetrics:
@@ -364,7 +450,9 @@ class HeadTraining(TrainerCallback):
         items = trainer.train_dataset.items
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.set_statistics(torch.cat([item["hidden"] for item in items]))
-        add_excess(items, set_values(model, items), trainer.args.gae_lambda)
+        set_values(model, items)
+        add_baseline(items, self.held_out, self.embedding, model.value.weight.device)
+        add_excess(items, trainer.args.gae_lambda)
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any]:
         """The loss of a batch, and the values; in evaluation its measures are added."""

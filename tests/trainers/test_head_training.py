@@ -20,6 +20,10 @@ from trimtab.trainers import MAVISConfig
 from trimtab.trainers.head_training import (
     FOLDS,
     STRENGTHS,
+    WIDEST_SUM,
+    BranchFeatures,
+    add_baseline,
+    add_excess,
     efficiency,
     efficiency_sums,
     fit_values,
@@ -107,7 +111,7 @@ def test_values_are_those_of_regressions_that_have_not_seen_the_tree():
                 "reach": rng.uniform(0.1, 1, 30).astype(np.float32),
             }
         )
-    weights, values = fit_values(items, lambda hidden: hidden)
+    weights, values = fit_values(items, lambda item: item["hidden"])
     np.testing.assert_allclose(weights[:-1, 0], truth[:, 0], atol=0.15)
     others = [item for i, item in enumerate(items) if i % FOLDS != 3]
     x, y, w = (np.concatenate([item[k] for item in others]) for k in ("hidden", "labels", "reach"))
@@ -117,6 +121,66 @@ def test_values_are_those_of_regressions_that_have_not_seen_the_tree():
         ridge = Ridge(alpha=strength * total).fit(x, y[:, 0], sample_weight=w)
         close.append(np.abs(ridge.predict(items[3]["hidden"]) - values[3][:, 0].numpy()).max())
     assert min(close) < 1e-3 < sorted(close)[1]
+
+
+def random_items(trees, width=6):
+    generator = torch.Generator().manual_seed(0)
+    items = [dict(rows_of(tree)) for tree in trees]
+    for item in items:
+        item["hidden"] = torch.randn(len(item["tokens"]), width, generator=generator)
+    return items
+
+
+def test_the_baseline_reads_sums_over_the_response_so_far(trees):
+    items, embedding = random_items(trees), torch.randn(32, 4)
+    features = BranchFeatures(items, embedding, torch.device("cpu"))
+    for item in items:
+        read = features.read(item)
+        assert read.shape == (len(item["tokens"]), 6 + 1 + 6 + 4)
+        for row in range(0, len(read), 3):
+            branch, at = [], row
+            while at:
+                branch.append(at)
+                at = item["previous"][at]
+            expected = [item["hidden"][row], torch.tensor([float(len(branch))])]
+            expected += [item["hidden"][branch].sum(0), embedding[item["tokens"][branch]].sum(0)]
+            torch.testing.assert_close(read[row], torch.cat(expected))
+    together = torch.cat([features(item) for item in items])
+    torch.testing.assert_close(together.mean(0), torch.zeros(17), rtol=0, atol=1e-4)
+    torch.testing.assert_close(together.std(0), torch.ones(17), rtol=0.01, atol=0)
+
+
+def test_sums_of_wide_models_are_projected(trees):
+    items = random_items(trees, width=WIDEST_SUM + 1)
+    features = BranchFeatures(items, torch.randn(32, 4), torch.device("cpu"))
+    assert features(items[0]).shape[1] == WIDEST_SUM + 1 + 1 + WIDEST_SUM + 4
+    again = BranchFeatures(items, features.embedding, torch.device("cpu"))
+    torch.testing.assert_close(features(items[0]), again(items[0]), rtol=0, atol=0)
+
+
+def test_a_reward_that_gathers_along_the_response_is_seen_by_the_baseline():
+    """Rewards are sums of what each token is worth, of which the hidden states say nothing."""
+    trees = grow(TreeConfig(max_completion_length=14, layers=3), end=0.15, count=40)
+    worth, embedding = torch.linspace(-1, 1, 32), torch.eye(32)
+    for tree in trees:
+        tree.rewards["sum"] = np.full(len(tree.nodes), np.nan)
+        for leaf in tree.leaves():
+            tree.rewards["sum"][leaf] = worth[tree.response(leaf)].sum()
+    items = random_items(trees)
+    train, held_out = items[:30], items[30:]
+    add_baseline(train, held_out, embedding, torch.device("cpu"))
+    add_excess(train, 1.0)
+    for part in (train, held_out):
+        errors, spreads = 0.0, 0.0
+        for item in part:
+            ends = item["ends"]
+            labels = torch.as_tensor(item["labels"])[ends]
+            errors += (item["baseline"][ends] - labels).square().sum(0)
+            spreads += (labels - labels.mean(0)).square().sum(0)
+        assert (errors < 0.4 * spreads).all()
+    for item in train:
+        before = item["baseline"][item["previous"]]
+        torch.testing.assert_close(item["excess"] + before, torch.as_tensor(item["labels"]))
 
 
 @pytest.mark.parametrize("max_length", [1 << 20, 12])
@@ -157,7 +221,7 @@ def test_efficiency_is_the_squared_gain_by_two_nats_of_weak_guidance():
         "candidates": torch.arange(6).expand(7, -1),
         "log_probs": log_probs.expand(7, -1),
     }
-    values = torch.zeros(7, 1)  # any baseline will do
+    values = batch["baseline"] = torch.zeros(7, 1)  # any baseline will do
     measured = efficiency(efficiency_sums(batch, values, predicted.expand(7, -1, -1)).numpy())[0]
     beta = 1e-3
     policy = torch.softmax(log_probs.double() + beta * predicted[:, 0].double(), 0)
