@@ -67,6 +67,7 @@ class Variant:
     sums: bool = True  # read by the baseline; else the hidden state alone, as `V` does
     width: int = 128
     rank: int = 32
+    members: int = 4  # of the ensemble
     weight_decay: float = 0.0
     learning_rate: float = 1e-3
     epochs: float = 3.0  # of 240 trees: the number of steps is the same with fewer
@@ -81,6 +82,9 @@ VARIANTS = {
     "centred within a prompt": Variant(centred=True),
     "baseline of the hidden state alone": Variant(sums=False),
     "square of the sampled advantage": Variant(sampled_square=True),
+    "1 member": Variant(members=1),
+    "2 members": Variant(members=2),
+    "8 members": Variant(members=8),
     "width 32, rank 8": Variant(width=32, rank=8),
     "width 512, rank 64": Variant(width=512, rank=64),
     "weight decay 0.1": Variant(weight_decay=0.1),
@@ -97,8 +101,8 @@ def loss_of(
     """The trainer's loss, or what a variant has in its place."""
     if not variant.sampled_square:
         return head_loss(batch, advantages)
-    of_token, _, sampled = centred_advantages(batch, advantages)
-    return (of_token - batch["excess"])[sampled].square().mean()
+    parts = [centred_advantages(batch, member) for member in advantages]
+    return sum((one - batch["excess"])[sampled].square().mean() for one, _, sampled in parts)
 
 
 def train(
@@ -114,7 +118,11 @@ def train(
     rng = np.random.default_rng(seed)
     embedding = base.get_input_embeddings().weight.detach()
     model = MAVISValueHeads.from_base_model(
-        base, OBJECTIVES, head_width=variant.width, action_rank=variant.rank
+        base,
+        OBJECTIVES,
+        head_width=variant.width,
+        action_rank=variant.rank,
+        ensemble_size=variant.members,
     )
     chosen = [dict(items[i]) for i in rng.permutation(len(items))[: variant.trees]]
     model.set_statistics(torch.cat([item["hidden"] for item in chosen]))
@@ -159,7 +167,8 @@ def measure(
     sums = []
     for item in held_out:
         batch = collate_rows([item])
-        sums.append(efficiency_sums(batch, *read_heads(model, batch, embedding)).numpy())
+        values, advantages = read_heads(model, batch, embedding)
+        sums.append(efficiency_sums(batch, values, advantages.mean(0)).numpy())
     model.train()
     return np.concatenate(sums)
 
@@ -193,7 +202,8 @@ def measure_at_some_prefixes(
         rows = collate_rows([item])
         rows["reach"] = rows["reach"] * used[rows["previous"]]
         found[0].append(efficiency_sums(rows, values, advantages).numpy())
-        found[1].append(efficiency_sums(rows, *read_heads(other[0], rows, other[1])).numpy())
+        values, advantages = read_heads(other[0], rows, other[1])
+        found[1].append(efficiency_sums(rows, values, advantages.mean(0)).numpy())
     return np.concatenate(found[0]), np.concatenate(found[1])
 
 

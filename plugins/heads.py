@@ -2,8 +2,10 @@
 
 `V_i(s) = v_i(h(s))`, linear, and `A_i(s, a) = <U_i(h(s)), P(e(a))> + b_i(e(a))`, with `h(s)` what
 the base model's output layer reads after the prefix `s` and `e(a)` the base model's embedding of a
-token, so that `Q_i = V_i + A_i`. A decoding step costs no pass of a network, and nothing is kept
-between steps. `hidden_states` finds `h(s)` in the host engines.
+token, so that `Q_i = V_i + A_i`. `A` is the mean of an ensemble, whose members are trained each by
+itself: their noise averages out, and is most of what they say of an objective that is hard to tell.
+A decoding step costs no pass of a network, and nothing is kept between steps. `hidden_states` finds
+`h(s)` in the host engines.
 """
 
 from __future__ import annotations
@@ -34,6 +36,22 @@ DROPOUT = 0.1
 MIN_STD = 1e-6  # of a feature: one that never changes says nothing
 
 
+class Ensemble(nn.Module):
+    """Networks of two layers that read the same: `[..., inputs]` to `[..., members, outputs]`."""
+
+    def __init__(self, members: int, inputs: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(inputs, members * width)
+        self.weight = nn.Parameter(torch.empty(members, width, outputs))
+        self.bias = nn.Parameter(torch.empty(members, outputs))
+        self.dropout = nn.Dropout(DROPOUT)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.dropout(nn.functional.gelu(self.expand(x)))
+        inner = inner.unflatten(-1, self.weight.shape[:2])
+        return torch.einsum("...mi,mio->...mo", inner, self.weight) + self.bias
+
+
 class MAVISValueHeads(PreTrainedModel):
     """Heads on the base model's own hidden state, of any number of objectives.
 
@@ -53,7 +71,7 @@ class MAVISValueHeads(PreTrainedModel):
 
     hidden_mean: torch.Tensor  # [hidden_size] float32
     hidden_std: torch.Tensor
-    action_table: torch.Tensor  # [vocab, rank + n_objectives] float16
+    action_table: torch.Tensor  # [vocab, ensemble_size * rank + n_objectives] float16
 
     def __init__(self, config: MAVISValueConfig) -> None:
         super().__init__(config)
@@ -63,15 +81,15 @@ class MAVISValueHeads(PreTrainedModel):
                 "MAVISValueHeads.from_base_model makes it from a base model"
             )
         read, width, rank = config.base_hidden_size, config.head_width, config.action_rank
-        count = len(config.objectives)
+        count, members = len(config.objectives), config.ensemble_size
         assert read and config.base_embedding_size and config.base_vocab_size  # the config checks
         self.register_buffer("hidden_mean", torch.zeros(read))
         self.register_buffer("hidden_std", torch.ones(read))
-        table = torch.zeros(config.base_vocab_size, rank + count, dtype=torch.float16)
+        table = torch.zeros(config.base_vocab_size, members * rank + count, dtype=torch.float16)
         self.register_buffer("action_table", table)
         self.value = nn.Linear(read, count)  # v
-        self.query = _layers(read, width, count * rank)  # U, of all objectives
-        self.action = _layers(config.base_embedding_size, width, rank + count)  # P, then b
+        self.query = Ensemble(members, read, width, count * rank)  # U, of all objectives
+        self.action = Ensemble(members, config.base_embedding_size, width, rank + count)  # P, b
         self.post_init()
 
     @torch.no_grad()
@@ -79,11 +97,14 @@ class MAVISValueHeads(PreTrainedModel):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, Ensemble):
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            nn.init.zeros_(module.bias)
         elif module is self:
             # Nothing is said of any prefix or token before training.
-            said: Any = (self.value.weight, self.query[-1].weight, self.action[-1].weight)
-            for weight in (*said[:2], said[2][self.config.action_rank :]):
-                nn.init.zeros_(weight)
+            nn.init.zeros_(self.value.weight)
+            nn.init.zeros_(self.query.weight)
+            nn.init.zeros_(self.action.weight[..., self.config.action_rank :])
 
     def standardize(self, hidden: torch.Tensor) -> torch.Tensor:
         """Features of unit scale: `[..., hidden_size]` of any floating dtype, float32 returned."""
@@ -95,13 +116,16 @@ class MAVISValueHeads(PreTrainedModel):
             return self.value(self.standardize(hidden))
 
     def read_queries(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`U_i(h(s))`: `[..., hidden_size]` to `[..., n_objectives, rank]` float32."""
+        """`U_i(h(s))` of every member: `[..., hidden_size]` to
+        `[..., n_objectives, ensemble_size * rank]` float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             query = self.query(self.standardize(hidden))
-        return query.unflatten(-1, (-1, self.config.action_rank))
+        query = query.unflatten(-1, (-1, self.config.action_rank))
+        return query.transpose(-2, -3).flatten(-2)
 
     def read_actions(self, embedding: torch.Tensor) -> torch.Tensor:
-        """`P(e(a))`, then `b_i(e(a))`: `[..., embedding_size]` to `[..., rank + n_objectives]`."""
+        """`P(e(a))`, then `b_i(e(a))`, of every member: `[..., embedding_size]` to
+        `[..., ensemble_size, rank + n_objectives]` float32."""
         with torch.autocast(embedding.device.type, enabled=False):
             x = embedding.float()
             return self.action(nn.functional.rms_norm(x, x.shape[-1:]))
@@ -117,12 +141,16 @@ class MAVISValueHeads(PreTrainedModel):
             candidates: `[n, k]` int64, rows of `embedding`.
 
         Returns:
-            `V_i(s)` `[n, n_objectives]` and `A_i(s, a)` `[n, k, n_objectives]`, both float32.
+            `V_i(s)` `[n, n_objectives]`, and `A_i(s, a)` of every member,
+            `[ensemble_size, n, k, n_objectives]`, both float32.
         """
-        actions = nn.functional.embedding(candidates, self.read_actions(embedding))
+        members, rank = self.config.ensemble_size, self.config.action_rank
+        actions = self.read_actions(embedding).flatten(-2)
+        actions = nn.functional.embedding(candidates, actions).unflatten(-1, (members, -1))
+        query = self.read_queries(hidden).unflatten(-1, (members, rank))
         with torch.autocast(hidden.device.type, enabled=False):
-            advantages = _advantages(self.read_queries(hidden), actions)
-        return self.read_values(hidden), advantages
+            advantages = torch.einsum("nker,noer->enko", actions[..., :rank], query)
+        return self.read_values(hidden), advantages + actions[..., rank:].permute(2, 0, 1, 3)
 
     def candidate_values(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """`Q_i(s, a)` from the table, as it is served.
@@ -159,9 +187,13 @@ class MAVISValueHeads(PreTrainedModel):
             )
         training = self.training
         self.eval()
+        members, rank = self.config.ensemble_size, self.config.action_rank
         for rows in torch.arange(vocab).split(8192):  # bounds the memory it takes
             actions = self.read_actions(embedding[rows].to(self.hidden_mean.device))
-            self.action_table[rows] = actions.to(self.action_table.dtype)
+            # The mean over members: a sum of products with P, each a share, and the mean of b.
+            factors, own = actions[..., :rank] / members, actions[..., rank:].mean(-2)
+            table = torch.cat((factors.flatten(-2), own), dim=-1)
+            self.action_table[rows] = table.to(self.action_table.dtype)
         self.train(training)
 
     @classmethod
@@ -209,12 +241,6 @@ class MAVISValueHeads(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             (Path(save_directory) / "README.md").write_text(model_card(self.config))
-
-
-def _layers(width: int, inner: int, out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, inner), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(inner, out)
-    )
 
 
 def _advantages(query: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,7 @@ class MAVISValueConfig(PreTrainedConfig):
             base model's output layer reads, see [`MAVISValueHeads`][trimtab.plugins.heads].
         action_rank: Width of `U_i h` and `P` of an action head.
         head_width: Width of the layers of heads on the base model's hidden state.
+        ensemble_size: Number of such heads whose mean is taken.
         base_hidden_size: Width of that hidden state.
         base_embedding_size: Width of the base model's token embedding.
         base_vocab_size: Tokens that the base model has logits for.
@@ -92,6 +93,7 @@ class MAVISValueConfig(PreTrainedConfig):
     head_type: str = "state"
     action_rank: int = 128
     head_width: int = 128
+    ensemble_size: int = 4
     base_hidden_size: int | None = None
     base_embedding_size: int | None = None
     base_vocab_size: int | None = None
@@ -138,8 +140,8 @@ class MAVISValueConfig(PreTrainedConfig):
         check_integer("action_rank", self.action_rank, 1, MAX_TOP_K)
         check_integer("top_k", self.top_k, 1, MAX_TOP_K)
         if self.head_type == "hidden" and self.objectives is not None:
-            sizes = ("head_width", "base_hidden_size", "base_embedding_size", "base_vocab_size")
-            for field in sizes:
+            sizes = ("head_width", "ensemble_size", "base_hidden_size", "base_embedding_size")
+            for field in (*sizes, "base_vocab_size"):
                 check_integer(field, getattr(self, field), 1, MAX_TOP_K)
         super().__post_init__(**kwargs)
 

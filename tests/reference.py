@@ -56,16 +56,20 @@ class Reference:
         """`<U_i(h(s)), P(e(a))> + b_i(e(a))` from the saved weights and table, in float64."""
         w = {name: weight.double() for name, weight in model.state_dict().items()}
 
-        def layers(x: torch.Tensor, name: str) -> torch.Tensor:
-            inner = torch.nn.functional.gelu(x @ w[f"{name}.0.weight"].T + w[f"{name}.0.bias"])
-            return inner @ w[f"{name}.3.weight"].T + w[f"{name}.3.bias"]
-
         output = self.base(torch.tensor([list(prefix)]), output_hidden_states=True)
         hidden = output.hidden_states[-1][0, -1].double()  # after the final norm
         hidden = (hidden - w["hidden_mean"]) / w["hidden_std"]
         actions, rank = w["action_table"][candidates], model.config.action_rank
-        query = layers(hidden, "query").view(-1, rank)
-        return actions[:, :rank] @ query.T + actions[:, rank:]
+        width, members = model.config.head_width, model.config.ensemble_size
+        total = actions[:, members * rank :].clone()
+        for member in range(members):
+            own = slice(member * width, (member + 1) * width)
+            inner = w["query.expand.weight"][own] @ hidden + w["query.expand.bias"][own]
+            inner = torch.nn.functional.gelu(inner)
+            query = inner @ w["query.weight"][member] + w["query.bias"][member]
+            factors = actions[:, member * rank : (member + 1) * rank]
+            total += factors @ query.view(-1, rank).T  # the table holds a share of P
+        return total
 
     @torch.no_grad()
     def greedy(

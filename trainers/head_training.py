@@ -250,7 +250,8 @@ def head_loss(
     batch: dict[str, torch.Tensor], advantages: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """
-    Mean squared error of `A` against the excess of the sampled tokens' returns, up to a constant.
+    Mean squared error of `A` against the excess of the sampled tokens' returns, up to a constant,
+    summed over the members of the ensemble.
 
     `E[A^2]` of the sampled token is taken as the candidates' variance, which it is in expectation:
     the minimum is that of `D - 2 C`, the highest KL efficiency with a scale of 1.
@@ -259,12 +260,15 @@ def head_loss(
         batch (`dict[str, torch.Tensor]`):
             Of [`~trimtab.trainers.hidden_states.collate_rows`], of items with [`add_excess`].
         advantages (`torch.Tensor`):
-            `[n, k, n_objectives]`.
+            `[ensemble_size, n, k, n_objectives]`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of the sampling.
     """
-    of_token, variances, sampled = centred_advantages(batch, advantages, temperature)
-    return (variances - 2 * of_token * batch["excess"])[sampled].mean()
+    loss = advantages.new_zeros(())
+    for member in advantages:
+        of_token, variances, sampled = centred_advantages(batch, member, temperature)
+        loss = loss + (variances - 2 * of_token * batch["excess"])[sampled].mean()
+    return loss
 
 
 @torch.no_grad()
@@ -343,7 +347,8 @@ def efficiency(sums: np.ndarray) -> list[dict[str, dict[str, float]]]:
 def read_heads(
     model: Any, batch: dict[str, torch.Tensor], embedding: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`V` `[n, n_objectives]` and `A` `[n, k, n_objectives]`, with the base model's `embedding`."""
+    """`V` `[n, n_objectives]` and each member's `A` `[ensemble_size, n, k, n_objectives]`, with the
+    base model's `embedding`."""
     tokens, candidates = batch["candidates"].long().unique(return_inverse=True)
     rows = embedding[tokens.to(embedding.device)].to(candidates.device)
     return model(batch["hidden"], rows, candidates)
@@ -462,7 +467,7 @@ class HeadTraining(TrainerCallback):
             loss = head_loss(inputs, advantages, args.temperature)
         else:
             loss = (values - inputs["labels"]).square().mean()  # of `V`: `A` has its own measures
-            sums = efficiency_sums(inputs, values, advantages, args.temperature)
+            sums = efficiency_sums(inputs, values, advantages.mean(0), args.temperature)
             self.trainer._metrics["eval"].add(sums)
         return loss, values
 
@@ -476,8 +481,9 @@ class HeadTraining(TrainerCallback):
         metrics = HeadMetrics(trainer.objectives)
         for item in self.held_out[accelerator.process_index :: accelerator.num_processes]:
             batch = trainer._prepare_inputs(collate_rows([item]))
-            read = read_heads(model, batch, self.embedding)
-            metrics.add(efficiency_sums(batch, *read, trainer.args.temperature))
+            values, advantages = read_heads(model, batch, self.embedding)
+            sums = efficiency_sums(batch, values, advantages.mean(0), trainer.args.temperature)
+            metrics.add(sums)
         model.train(training)
         return metrics.measures()
 
