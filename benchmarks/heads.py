@@ -1,11 +1,16 @@
-"""What a cheaper head costs: gain in reward at equal KL to the base model, for each objective.
+"""What value models gain in reward at equal KL to the base model, for each objective.
 
-    python benchmarks/heads.py        # the state and the action head of `make demo`
+    python benchmarks/heads.py        # heads, and a state head trained on the same rollouts
+
+The state head, the paper's form, is trained by
+
+    python examples/train_value_models.py --config examples/train_value_models.yaml \\
+        --head_type state --num_hidden_layers 4 --learning_rate 4e-4 --output_dir artifacts/state
 
 Held-out prompts are answered under every value model, objective and beta; the KL of a response is
-exact at every step and summed along it. The gain of each model is read off its curve at the KL that
-the first model has at `--at-beta`. Writes `benchmarks/results/heads.json` and `docs/heads.png`;
-responses are kept in `artifacts/heads`, so that an interrupted run goes on.
+exact at every step and summed along it. The gain at a KL is read off each model's curve. Writes
+`benchmarks/results/heads.json`, `docs/heads.md` and `docs/heads.png`; responses are kept in
+`artifacts/heads_benchmark`, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -29,12 +34,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 import rewards  # noqa: E402
 
-MODELS = (
-    "state=artifacts/value_model",
-    "action=artifacts/action_model",
-    "reranked=artifacts/action_model@8",
-)
-FIRST_BETAS, BETAS = (4.0, 8.0), (4.0, 8.0, 12.0)  # of the first model and of the others
+MODELS = ("state=artifacts/state", "heads=artifacts/value_model")
+BETAS = (2.0, 4.0, 8.0)
+KLS = (1.0, 2.0, 5.0, 10.0)  # nats a response that gains are read off at
 TOP_K, MAX_TOKENS, BATCH = 40, 48, 96
 DRAWS = 2000
 
@@ -58,7 +60,6 @@ def answer(
     tokenizer: Any,
     prompts: list[Any],
     values: MAVISValueModel | None,
-    rerank: int,
     weights: dict[str, float],
     beta: float,
 ) -> list[dict[str, Any]]:
@@ -74,7 +75,6 @@ def answer(
                 weights=weights,
                 beta=beta,
                 top_k=TOP_K,
-                rerank=rerank,
                 attention_mask=batch["attention_mask"],
                 model=base,
                 dtype=torch.bfloat16,
@@ -113,21 +113,19 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
 
     tokenizer = AutoTokenizer.from_pretrained(args.base, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16).eval()
-    models, reranks = {}, {"unguided": 0}
+    models = {}
     for spec in args.models:
         name, _, folder = spec.partition("=")
-        folder, _, rerank = folder.partition("@")
-        models[name], reranks[name] = MAVISValueModel.load(folder), int(rerank or 0)
+        models[name] = MAVISValueModel.load(folder)
     objectives = args.objectives or models[next(iter(models))].config.objectives
     per_batch = max(1, BATCH // len(prompts))
     jobs = [("unguided", "", 0.0, s) for s in range(0, args.samples, per_batch)]
     jobs += [
         (name, objective, beta, s)
         for s in range(0, args.samples, per_batch)
-        for beta in sorted({*args.first_betas, *args.betas}, key=lambda b: (b != args.at_beta, b))
+        for beta in args.betas
         for objective in objectives
         for name in models
-        if beta in betas_of(args, name)
     ]
     for number, (name, objective, beta, s) in enumerate(jobs):
         if (name, objective, beta, s) in known:
@@ -136,9 +134,7 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
         torch.manual_seed(number)
         samples = range(s, min(s + per_batch, args.samples))
         asked = prompts * len(samples)
-        found = answer(
-            base, tokenizer, asked, models.get(name), reranks[name], {objective: 1.0}, beta
-        )
+        found = answer(base, tokenizer, asked, models.get(name), {objective: 1.0}, beta)
         of = [objective] if objective else next(iter(models.values())).config.objectives
         scores = {
             o: getattr(rewards, o)(prompts=asked, completions=[r["text"] for r in found])
@@ -160,15 +156,12 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
     return done
 
 
-def betas_of(args: argparse.Namespace, name: str) -> list[float]:
-    """The betas that a model is measured at."""
-    return args.first_betas if name == args.models[0].split("=")[0] else args.betas
-
-
 def at_kl(kls: np.ndarray, gains: np.ndarray, kl: float) -> float:
-    """The gain at a KL, on straight lines through the origin and the points of every beta."""
+    """The gain at a KL, on straight lines through the origin and the points of every beta over the
+    root of the KL, as it rises for weak guidance; NaN beyond the last point."""
     order = np.argsort(kls)
-    return float(np.interp(kl, np.append(0.0, kls[order]), np.append(0.0, gains[order])))
+    x, y = np.append(0.0, np.sqrt(kls[order])), np.append(0.0, gains[order])
+    return float(np.interp(np.sqrt(kl), x, y, right=np.nan))
 
 
 def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: int) -> dict:
@@ -186,7 +179,9 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
                 rows[r["prompt"]].append(value(r))
         return np.array([np.mean(row) for row in rows])[draws].mean(1)
 
-    def interval(x: np.ndarray) -> dict[str, float]:
+    def interval(x: np.ndarray) -> dict[str, float | None]:
+        if np.isnan(x).any():  # a draw's curve ends before
+            return {"mean": None, "low": None, "high": None}
         low, high = np.percentile(x[1:], [2.5, 97.5])
         return {"mean": float(x[0]), "low": float(low), "high": float(high)}
 
@@ -199,32 +194,29 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
             lambda r, o=objective: r["rewards"][o],
         )
         entry: dict[str, Any] = {"unguided": {"mean": float(np.mean(unguided)), "std": float(std)}}
-        curves = {}
+        read = {}
         for name in names:
             kls, gains, counts = [], [], []
-            for beta in betas_of(args, name):
+            for beta in args.betas:
                 key = (name, objective, beta)
                 chosen = lambda r, key=key: (r["model"], r["objective"], r["beta"]) == key  # noqa: E731
                 counts.append(sum(map(chosen, responses)))
                 kls.append(means(chosen, lambda r: r["kl"]))
                 mean = means(chosen, lambda r, o=objective: r["rewards"][o])
                 gains.append((mean - base) / std)
-            curves[name] = np.stack(kls), np.stack(gains)
             entry[name] = {
                 "curve": [
                     {"beta": beta, "responses": n, "kl": interval(kl), "gain": interval(gain)}
-                    for beta, n, kl, gain in zip(betas_of(args, name), counts, kls, gains)
+                    for beta, n, kl, gain in zip(args.betas, counts, kls, gains)
                 ]
             }
-        reference = args.first_betas.index(args.at_beta)
-        target = curves[names[0]][0][reference]
-        of_first = curves[names[0]][1][reference]
-        entry["kl"] = interval(target)
-        for name in names:
-            kls, gains = curves[name]
-            read = np.array([at_kl(kls[:, i], gains[:, i], target[i]) for i in range(len(target))])
-            entry[name]["gain_at_kl"] = interval(read)
-            entry[name]["share"] = interval(read / of_first)
+            points = list(zip(np.stack(kls).T, np.stack(gains).T))
+            read[name] = {kl: np.array([at_kl(*point, kl) for point in points]) for kl in KLS}
+            entry[name]["gain_at_kl"] = {f"{kl:g}": interval(x) for kl, x in read[name].items()}
+        for name in names[1:]:
+            entry[name]["lead"] = {
+                f"{kl:g}": interval(read[name][kl] - read[names[0]][kl]) for kl in KLS
+            }
         result[objective] = entry
     return result
 
@@ -246,7 +238,6 @@ def plot(result: dict[str, Any], names: list[str], path: Path) -> None:
             low = np.array([0.0] + [p["gain"]["low"] for p in points])
             high = np.array([0.0] + [p["gain"]["high"] for p in points])
             axis.errorbar(kl, gain, yerr=[gain - low, high - gain], fmt="o-", capsize=2, label=name)
-        axis.axvline(entry["kl"]["mean"], color="grey", lw=0.8, ls=":")
         axis.set_title(objective)
         axis.set_xlabel("KL to the base model, nats a response")
     axes[0][0].set_ylabel("gain in its reward\n(unguided standard deviations)")
@@ -255,44 +246,66 @@ def plot(result: dict[str, Any], names: list[str], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def table(result: dict[str, Any], names: list[str], parameters: dict[str, Any]) -> str:
+    """Gains at equal KL of every model and objective, in Markdown."""
+    first, *others = names
+    lines = [
+        "# Gain in reward at equal KL",
+        "",
+        f"{parameters['prompts']} held-out prompts of the demo, {parameters['samples']} responses "
+        f"of at most {MAX_TOKENS} tokens to each under every `beta` of {parameters['betas']}, all "
+        "weight on one objective; gains in standard deviations of the base model's reward, read "
+        "off each model's curve (no figure: it does not reach that far), 95 % intervals over "
+        "prompts. `python benchmarks/heads.py`.",
+        "",
+        "| objective | KL, nats a response | "
+        + " | ".join([*names, *(f"{n} less {first}" for n in others)])
+        + " |",
+        "| --- " * (2 + len(names) + len(others)) + "|",
+    ]
+    for objective, entry in result.items():
+        for kl in (f"{kl:g}" for kl in KLS):
+            found = [entry[n]["gain_at_kl"][kl] for n in names]
+            found += [entry[n]["lead"][kl] for n in others]
+            cells = [
+                "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**x) if x["low"] is not None else ""
+                for x in found
+            ]
+            lines.append(f"| {objective} | {kl} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default="artifacts/smollm2")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER[@RERANK]")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER")
     parser.add_argument("--objectives", nargs="+", help="by default all")
-    parser.add_argument("--first-betas", nargs="+", type=float, default=list(FIRST_BETAS))
     parser.add_argument("--betas", nargs="+", type=float, default=list(BETAS))
-    parser.add_argument("--at-beta", type=float, default=8.0)
     parser.add_argument("--samples", type=int, default=4, help="responses to each prompt")
     parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts/heads"))
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts/heads_benchmark"))
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/heads.json")
     parser.add_argument("--png", type=Path, default=ROOT / "docs/heads.png")
+    parser.add_argument("--table", type=Path, default=ROOT / "docs/heads.md")
     args = parser.parse_args()
     names = [m.split("=")[0] for m in args.models]
-    if taken := {"kl", "unguided"} & set(names):
-        parser.error(f"--models: {taken} are keys of the result, take other names")
+    if "unguided" in names:
+        parser.error("--models: unguided is a key of the result, take another name")
     rows = map(json.loads, (ROOT / "examples/prompts.jsonl").read_text().splitlines())
     prompts = [row["prompt"] for row in rows if row["split"] == "test"][: args.prompts]
     responses = sample(args, prompts)
     result = measure(args, responses, len(prompts))
     parameters = {
-        "models": args.models, "at_beta": args.at_beta, "top_k": TOP_K,
+        "models": args.models, "betas": args.betas, "top_k": TOP_K,
         "max_tokens": MAX_TOKENS, "prompts": len(prompts), "samples": args.samples,
     }  # fmt: skip
     text = json.dumps({"parameters": parameters, "objectives": result}, indent=2)
     args.json.write_text(text + "\n")
     plot(result, names, args.png)
-    for objective, entry in result.items():
-        print(f"{objective}, at {entry['kl']['mean']:.1f} nats a response")
-        for name in names:
-            gain, share = entry[name]["gain_at_kl"], entry[name]["share"]
-            print(
-                f"  {name:10s} gain {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}], "
-                f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of {names[0]}'s"
-            )
+    args.table.write_text(table(result, names, parameters))
+    print(args.table.read_text())
 
 
 if __name__ == "__main__":

@@ -161,36 +161,26 @@ def response_kl(base: Path, value_model: Path, responses: list[dict[str, Any]]) 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trimtab.plugins import GuidanceParams, MAVISValueModel, ValueEngine
+    from trimtab.plugins import GuidanceParams, MAVISValueModel
     from trimtab.plugins.guidance import step_kl
-    from trimtab.plugins.guide import Guide
+    from trimtab.plugins.heads import HeadGuide
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    values = MAVISValueModel.load(str(value_model))
-    engine = ValueEngine([values], num_slots=len(responses), max_length=512)
-    guide = Guide(engine, len(responses))
+    guide = HeadGuide([MAVISValueModel.load(str(value_model))], 1, torch.device("cpu"))
     weights = {setting.name: setting.weights for setting in settings()}
-    logits = []  # of each response, [its length, vocab]
-    for slot, r in enumerate(responses):
-        chosen = (weights[r["setting"]].get(name, 0.0) for name in engine.objectives)
-        guide.start(slot, GuidanceParams(tuple(chosen), beta=BETA, top_k=TOP_K))
+    total = np.zeros(len(responses))
+    for i, r in enumerate(tqdm(responses, desc="KL of responses")):
+        chosen = (weights[r["setting"]].get(name, 0.0) for name in guide.objectives)
+        guide.start(0, GuidanceParams(tuple(chosen), beta=BETA, top_k=TOP_K))
+        steps = len(r["response_ids"])
         with torch.inference_mode():
             tokens = torch.tensor([r["prompt_ids"] + r["response_ids"][:-1]])
-            logits.append(model(tokens, logits_to_keep=len(r["response_ids"])).logits[0])
-    total = np.zeros(len(responses))
-    longest = max(len(r["response_ids"]) for r in responses)
-    for t in tqdm(range(longest), desc="KL, step by step"):
-        rows = [i for i, r in enumerate(responses) if t < len(r["response_ids"])]
-        prefixes = {i: responses[i]["prompt_ids"] + responses[i]["response_ids"][:t] for i in rows}
-        step = torch.stack([logits[i][t] for i in rows])
-        candidates, log_policy, scale = guide.log_probs(
-            step,
-            np.array(rows),
-            np.array([len(prefixes[i]) for i in rows]),
-            torch.tensor([prefixes[i][-1] for i in rows]),
-            lambda slot, start, stop, prefixes=prefixes: prefixes[slot][start:stop],
-        )
-        total[rows] += step_kl(log_policy, step.gather(1, candidates) - scale).numpy()
+            hidden = model.model(tokens).last_hidden_state[0, -steps:]  # what the heads read
+            logits = model.lm_head(hidden)
+            (rows,) = guide.plan(np.zeros(steps, dtype=np.int64))
+            candidates, log_policy, scale = guide.log_probs(logits, hidden, rows)
+            kl = step_kl(log_policy, logits.gather(1, candidates) - scale)
+        total[i] = kl.sum()
     return total
 
 
