@@ -1,11 +1,11 @@
 """What a cheaper head costs: gain in reward at equal KL to the base model, for each objective.
 
-    python benchmarks/heads.py        # the state and the action head of `make demo`
+    python benchmarks/heads.py        # a state head, and heads on the base model's own state
 
 Held-out prompts are answered under every value model, objective and beta; the KL of a response is
 exact at every step and summed along it. The gain of each model is read off its curve at the KL that
 the first model has at `--at-beta`. Writes `benchmarks/results/heads.json` and `docs/heads.png`;
-responses are kept in `artifacts/heads`, so that an interrupted run goes on.
+responses are kept in `artifacts/head_responses`, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -29,11 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 import rewards  # noqa: E402
 
-MODELS = (
-    "state=artifacts/value_model",
-    "action=artifacts/action_model",
-    "reranked=artifacts/action_model@8",
-)
+MODELS = ("state=artifacts/value_model", "heads=artifacts/heads")
 FIRST_BETAS, BETAS = (4.0, 8.0), (4.0, 8.0, 12.0)  # of the first model and of the others
 TOP_K, MAX_TOKENS, BATCH = 40, 48, 96
 DRAWS = 2000
@@ -58,7 +54,6 @@ def answer(
     tokenizer: Any,
     prompts: list[Any],
     values: MAVISValueModel | None,
-    rerank: int,
     weights: dict[str, float],
     beta: float,
 ) -> list[dict[str, Any]]:
@@ -74,7 +69,6 @@ def answer(
                 weights=weights,
                 beta=beta,
                 top_k=TOP_K,
-                rerank=rerank,
                 attention_mask=batch["attention_mask"],
                 model=base,
                 dtype=torch.bfloat16,
@@ -113,11 +107,10 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
 
     tokenizer = AutoTokenizer.from_pretrained(args.base, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16).eval()
-    models, reranks = {}, {"unguided": 0}
+    models = {}
     for spec in args.models:
         name, _, folder = spec.partition("=")
-        folder, _, rerank = folder.partition("@")
-        models[name], reranks[name] = MAVISValueModel.load(folder), int(rerank or 0)
+        models[name] = MAVISValueModel.load(folder)
     objectives = args.objectives or models[next(iter(models))].config.objectives
     per_batch = max(1, BATCH // len(prompts))
     jobs = [("unguided", "", 0.0, s) for s in range(0, args.samples, per_batch)]
@@ -136,9 +129,7 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
         torch.manual_seed(number)
         samples = range(s, min(s + per_batch, args.samples))
         asked = prompts * len(samples)
-        found = answer(
-            base, tokenizer, asked, models.get(name), reranks[name], {objective: 1.0}, beta
-        )
+        found = answer(base, tokenizer, asked, models.get(name), {objective: 1.0}, beta)
         of = [objective] if objective else next(iter(models.values())).config.objectives
         scores = {
             o: getattr(rewards, o)(prompts=asked, completions=[r["text"] for r in found])
@@ -260,14 +251,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default="artifacts/smollm2")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER[@RERANK]")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER")
     parser.add_argument("--objectives", nargs="+", help="by default all")
     parser.add_argument("--first-betas", nargs="+", type=float, default=list(FIRST_BETAS))
     parser.add_argument("--betas", nargs="+", type=float, default=list(BETAS))
     parser.add_argument("--at-beta", type=float, default=8.0)
     parser.add_argument("--samples", type=int, default=4, help="responses to each prompt")
     parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts/heads"))
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts/head_responses"))
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/heads.json")
     parser.add_argument("--png", type=Path, default=ROOT / "docs/heads.png")
     args = parser.parse_args()
