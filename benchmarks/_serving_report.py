@@ -9,7 +9,7 @@ import numpy as np
 
 SHOWN = (
     "vLLM",
-    "action head, 3 objectives",
+    "heads, 4 objectives",
     "state head, pruned, 3 objectives",
     "state head, 3 objectives",
     "published, tree, 3 objectives",
@@ -47,16 +47,18 @@ def markdown(result: dict[str, tp.Any]) -> str:
         )
     lines += [
         "",
-        "| process | value weights + store, GB | resident at start, GB | after each repetition, GB "
-        "| peak, GB |",
-        "| --- | --- | --- | --- | --- |",
+        "| process | value weights + store, MB | resident at start, GB | after each repetition, GB "
+        "| peak, GB | above that of vLLM, MB |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
+    plain = result["memory"].get("vLLM")
     for name, row in result["memory"].items():
-        stated = [row[key] for key in ("value weights, GB", "value store, GB") if key in row]
-        after = ", ".join(f"{x:.2f}" for x in row["after_each_repetition"])
+        above = f"{1e3 * (row['peak'] - plain['peak']):.0f}" if plain else ""
+        stated = [row[key] for key in ("value weights, MB", "value store, MB") if key in row]
+        after = ", ".join(f"{x:.3f}" for x in row["after_each_repetition"])
         lines.append(
-            f"| {name} | {' + '.join(f'{x:.2f}' for x in stated)} | {row['start']:.2f} | {after} "
-            f"| {row['peak']:.2f} |"
+            f"| {name} | {' + '.join(f'{x:.1f}' for x in stated)} | {row['start']:.3f} | {after} "
+            f"| {row['peak']:.3f} | {above} |"
         )
     return "\n".join(lines) + "\n"
 

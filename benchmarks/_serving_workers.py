@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BETA = 8.0
-OBJECTIVES = ("first", "second", "third")  # of the models with random heads
+OBJECTIVES = ("first", "second", "third", "fourth")  # of the models with random heads
 
 
 @dataclass(frozen=True)
@@ -110,26 +110,29 @@ def start_vllm(base: str, mavis: dict[str, tp.Any] | None, quick: bool) -> tp.An
     facts: dict[str, tp.Any] = {}
     guides: list[tp.Any] = []
     if mavis is not None:
-        import trimtab.plugins.guide
-        from trimtab.plugins import ValueEngine
-        from trimtab.plugins.guide import Guide
+        from trimtab.plugins import ValueEngine, guide, heads
         from trimtab.plugins.vllm import MAVISLogitsProcessor
 
         name = "trimtab.plugins.vllm:MAVISLogitsProcessor"
         options = {"logits_processors": [name], "additional_config": {"mavis": mavis}}
         for method in ("update_state", "apply"):
             clock.watch(MAVISLogitsProcessor, method, "guidance, other")
-        clock.watch(trimtab.plugins.guide, "top_candidates", "candidates")
+        clock.watch(heads.HeadGuide, "scores", "value model")
+        for module in (guide, heads):
+            clock.watch(module, "top_candidates", "candidates")
         for method, function in list(vars(ValueEngine).items()):
             if callable(function) and not method.startswith("_"):
                 clock.watch(ValueEngine, method, "value model")
-        build = Guide.__init__
 
-        def remember(guide: tp.Any, *args: tp.Any, **kwargs: tp.Any) -> None:
-            build(guide, *args, **kwargs)
-            guides.append(guide)
+        def remember(build: tp.Callable[..., None]) -> tp.Callable[..., None]:
+            def init(self: tp.Any, *args: tp.Any, **kwargs: tp.Any) -> None:
+                build(self, *args, **kwargs)
+                guides.append(self)
 
-        Guide.__init__ = remember
+            return init
+
+        for kind in (guide.Guide, heads.HeadGuide):
+            kind.__init__ = remember(kind.__init__)
     llm = LLM(
         base, dtype="float32" if quick else "bfloat16", enforce_eager=True, max_num_seqs=32,
         max_model_len=256 if quick else 1152, kv_cache_memory_bytes=(16 if quick else 256) << 20,
@@ -137,10 +140,12 @@ def start_vllm(base: str, mavis: dict[str, tp.Any] | None, quick: bool) -> tp.An
         **options,
     )  # fmt: skip
     engine: tp.Any = llm.llm_engine
-    for guide in guides:
-        facts["objectives"] = list(guide.engine.objectives)
-        facts["value weights, GB"] = guide.engine.weight_bytes / 1e9
-        facts["value store, GB"] = guide.engine.kv_cache_bytes / 1e9
+    for made in guides:
+        holder = getattr(made, "engine", made)  # heads have none, and keep nothing of a sequence
+        facts["objectives"] = list(holder.objectives)
+        facts["value weights, MB"] = holder.weight_bytes / 1e6
+        facts["value store, MB"] = getattr(holder, "kv_cache_bytes", 0) / 1e6
+    counting = [made for made in guides if hasattr(made, "candidates")]  # heads value them all
     runner = engine.model_executor.driver_worker.worker.model_runner
     clock.watch(runner, "_model_forward", "base model")
     clock.watch(runner.model, "compute_logits", "base model")
@@ -155,8 +160,8 @@ def start_vllm(base: str, mavis: dict[str, tp.Any] | None, quick: bool) -> tp.An
             guidance["mavis_weights"] = {name: 1 / len(chosen) for name in chosen}
         requests: dict[str, int] = {}
         times: list[list[float]] = [[] for _ in job.prompts]
-        for guide in guides:
-            guide.rows = guide.candidates = 0
+        for made in counting:
+            made.rows = made.candidates = 0
         start = time.perf_counter()
         for i, prompt in enumerate(job.prompts):
             guided = job.arm.objectives > 0 and not (job.arm.half and i % 2)
@@ -180,13 +185,13 @@ def start_vllm(base: str, mavis: dict[str, tp.Any] | None, quick: bool) -> tp.An
             if prefilling:
                 clock.restart()
         clock.lap()
-        left = sum(g.candidates for g in guides) / max(1, sum(g.rows for g in guides))
+        left = sum(g.candidates for g in counting) / max(1, sum(g.rows for g in counting))
         return Done(times, dict(clock.spent), memory(), left)
 
     return serve, facts
 
 
-def start_loop(base: str, layers: int | None, quick: bool) -> tp.Any:
+def start_loop(base: str, layers: int, quick: bool) -> tp.Any:
     """The published algorithm on transformers, with one value model for each objective."""
     import _published
     import torch
@@ -198,7 +203,7 @@ def start_loop(base: str, layers: int | None, quick: bool) -> tp.Any:
     dtype = torch.float32 if quick else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
     models = []
-    for name in OBJECTIVES:
+    for name in OBJECTIVES[:3]:  # as many as its arms weigh
         value_model = MAVISValueModel.from_base_model(
             model, [name], num_hidden_layers=layers, dtype=dtype
         )
@@ -238,41 +243,27 @@ def random_heads(model: tp.Any) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
 
 
-def make_models(folder: str, base: str, quick: bool) -> None:
-    """Value models with random heads into `folder`, where speed is all that is asked of them."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+def make_models(folder: str, base: str) -> None:
+    """A tiny base model into `base`; a value model and heads of random weights into `folder`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from trimtab.plugins import MAVISValueModel
+    from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 
-    def make(name: str, objectives: tp.Sequence[str], layers: int | None, head_type: str) -> None:
-        value_model = MAVISValueModel.from_base_model(
-            model,
-            objectives,
-            num_hidden_layers=layers,
-            dtype=dtype,
-            head_type=head_type,
-            candidate_range=[1.0] * len(objectives),
-        )
-        random_heads(value_model)
-        value_model.save_pretrained(Path(folder, name))
-
-    if quick:
-        config = LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, head_dim=32,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
-        )  # fmt: skip
-        model, dtype, layers = LlamaForCausalLM(config), torch.float32, 2
-        model.save_pretrained(base)
-        make("state", OBJECTIVES, layers, "state")
-        make("action", OBJECTIVES, layers, "action")
-        return
-    dtype = torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    make("base-sized", OBJECTIVES, None, "action")
-    for name in OBJECTIVES:
-        make(f"action-{name}", [name], 4, "action")
-        make(f"base-sized-{name}", [name], None, "action")
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, head_dim=32,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(base)
+    value_model = MAVISValueModel.from_base_model(
+        base, OBJECTIVES, num_hidden_layers=2, candidate_range=[1.0] * len(OBJECTIVES)
+    )
+    heads = MAVISValueHeads.from_base_model(base, OBJECTIVES)
+    for made in (value_model, heads):
+        random_heads(made)
+    heads.write_table(model.get_input_embeddings().weight)
+    value_model.save_pretrained(Path(folder, "state"))
+    heads.save_pretrained(Path(folder, "heads"))
 
 
 def work(pipe: tp.Any, log: str, start: tp.Callable[..., tp.Any], *arguments: tp.Any) -> None:

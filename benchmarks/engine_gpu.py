@@ -1,6 +1,6 @@
 """One step of the value engine on a GPU against what the hardware allows, and the published form.
 
-Value models of TinyLlama-1.1B's and Qwen2.5-0.5B's shape with random weights, bfloat16, `k` 40. The
+State heads of TinyLlama-1.1B's and Qwen2.5-0.5B's shape with random weights, bfloat16, `k` 40. The
 floor of a step is the larger of two times measured on the same device in the same run: its weights
 and cache over the bandwidth of a copy, its operations over the rate of a matrix product. The
 published form is tree attention in plain transformers with a cache that grows by concatenation.
@@ -93,15 +93,15 @@ def hardware(device: torch.device, quick: bool) -> dict[str, float]:
     }
 
 
-def value_model(shape: Any, head_type: str, device: torch.device) -> MAVISValueModel:
-    config = MAVISValueConfig(backbone_config=shape, objectives=["reward"], head_type=head_type)
+def value_model(shape: Any, device: torch.device) -> MAVISValueModel:
+    config = MAVISValueConfig(backbone_config=shape, objectives=["reward"])
     with torch.device(device):
         model = MAVISValueModel(config)
     return torch.nn.Module.to(model, DTYPE).eval()
 
 
 def floor_ms(
-    shape: Any, head_type: str, batch: int, context: int, k: int, peak: dict[str, float]
+    shape: Any, batch: int, context: int, k: int, peak: dict[str, float]
 ) -> dict[str, float]:
     """The least that a step can take; a candidate's own row of the embedding is left out."""
     dim = shape.hidden_size // shape.num_attention_heads
@@ -109,7 +109,7 @@ def floor_ms(
     layer = shape.hidden_size * (2 * shape.hidden_size + 2 * kv_width + 3 * shape.intermediate_size)
     weights = shape.num_hidden_layers * layer
     cache = shape.num_hidden_layers * batch * context * 2 * kv_width
-    tokens = batch * (k + 1 if head_type == "state" else 1)
+    tokens = batch * (k + 1)
     attention = 4 * shape.num_hidden_layers * shape.hidden_size * context * tokens
     memory = DTYPE.itemsize * (weights + cache) / peak["bytes_per_s"]
     arithmetic = (2 * weights * tokens + attention) / peak["operations_per_s"]
@@ -121,11 +121,11 @@ def floor_ms(
 
 
 def engine_step(
-    shape: Any, head_type: str, batch: int, context: int, k: int, device: torch.device
+    shape: Any, batch: int, context: int, k: int, device: torch.device
 ) -> dict[str, float]:
     """A step of trimtab's engine; the prefixes grow by a token each, up to `context`."""
     engine = ValueEngine(
-        [value_model(shape, head_type, device)],
+        [value_model(shape, device)],
         num_slots=batch,
         max_length=context,
         device=device,
@@ -155,7 +155,7 @@ def published_step(
     shape: Any, batch: int, context: int, k: int, device: torch.device
 ) -> dict[str, float]:
     """A step of tree attention in transformers: last token and `k` candidates behind a cache."""
-    model = value_model(shape, "state", device)
+    model = value_model(shape, device)
     first = context - WARM_UP - STEPS
     dim = shape.hidden_size // shape.num_attention_heads
     cache = DynamicCache()
@@ -199,9 +199,9 @@ def attempt(call: Callable[..., dict[str, float]], *args: Any) -> dict[str, Any]
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| shape | batch | context | head | floor, ms | step, ms | of the floor | launching, ms "
+        "| shape | batch | context | floor, ms | step, ms | of the floor | launching, ms "
         "| published tree, ms | published / ours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
         step, published = r["step_ms"], r["published_ms"]
@@ -213,7 +213,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "out of memory" if published is None else f"{published:.2f}",
             "" if None in (step, published) else f"{published / step:.1f}",
         ]
-        name = f"{r['shape']} | {r['batch']} | {r['context']} | {r['head']}"
+        name = f"{r['shape']} | {r['batch']} | {r['context']}"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -241,12 +241,11 @@ def main() -> None:
         for context in contexts:
             for batch in batches:
                 published = attempt(published_step, shape, batch, context, k, device)
-                for head in ("action", "state"):
-                    row = {"shape": name, "batch": batch, "context": context, "head": head, "k": k}
-                    row |= floor_ms(shape, head, batch, context, k, peak)
-                    row |= attempt(engine_step, shape, head, batch, context, k, device)
-                    rows.append(row | {"published_ms": published["step_ms"]})
-                    print(table(rows[-1:]).splitlines()[-1], flush=True)
+                row = {"shape": name, "batch": batch, "context": context, "k": k}
+                row |= floor_ms(shape, batch, context, k, peak)
+                row |= attempt(engine_step, shape, batch, context, k, device)
+                rows.append(row | {"published_ms": published["step_ms"]})
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
     if not options.quick:
         content = {
             "device": torch.cuda.get_device_name(device),

@@ -4,7 +4,7 @@ Every arm is a process of its own that sleeps until it is its turn, so that only
 time and its memory is its own. Each repetition visits every arm at every load with prompts that no
 arm has seen, in rotated order. How it is measured and how to read it: docs/serving.md.
 
-    python benchmarks/serving.py            # about 25 minutes on two cores, 16 GB
+    python benchmarks/serving.py            # less than half an hour on two cores, 16 GB
     python benchmarks/serving.py --quick    # tiny random models; writes no file
 """
 
@@ -28,7 +28,6 @@ import numpy as np
 from _serving_report import markdown, plot
 from _serving_workers import (
     BETA,
-    OBJECTIVES,
     Arm,
     Done,
     Job,
@@ -67,21 +66,16 @@ SLOW = 10  # tokens of the slow loops' responses
 ARMS: dict[Arm, tuple[Cell, ...]] = {
     Arm(UNGUIDED, "vLLM"): GRIDS,
     Arm("vLLM, sampling from all tokens", "vLLM", any_token=True): MAIN,
-    Arm("plugin loaded, nobody guided", "action"): MAIN,
-    Arm("unguided requests beside guided ones", "action", 3, half=True): MAIN[1:],
-    Arm("action head, 1 objective", "action", 1): MAIN,
-    Arm("action head, 2 objectives", "action", 2): MAIN,
-    Arm("action head, 3 objectives", "action", 3): GRIDS,
-    Arm("action head, 3 models of 1 objective", "3 action models", 3): MAIN,
-    Arm("action head, 8 reranked, 3 objectives", "reranked", 3): MAIN,
+    Arm("plugin loaded, nobody guided", "heads"): MAIN,
+    Arm("unguided requests beside guided ones", "heads", 4, half=True): MAIN[1:],
+    Arm("heads, 1 objective", "heads", 1): MAIN,
+    Arm("heads, 4 objectives", "heads", 4): GRIDS,
     Arm("state head, 1 objective", "state", 1): MAIN[1:2],
     Arm("state head, 2 objectives", "state", 2): MAIN[1:2],
     Arm("state head, 3 objectives", "state", 3): (*MAIN, *CANDIDATES),
     Arm("state head, pruned, 1 objective", "pruned", 1): MAIN[1:2],
     Arm("state head, pruned, 2 objectives", "pruned", 2): MAIN[1:2],
     Arm("state head, pruned, 3 objectives", "pruned", 3): GRIDS,
-    Arm("base-sized action head, 3 objectives", "base-sized", 3): MAIN[:2],
-    Arm("3 base-sized action models of 1 objective", "3 base-sized", 3): MAIN[:2],
     Arm("published loop without guidance", "loop", form="tree", tokens=16): MAIN[:2],
     Arm("published, tree, 1 objective", "loop", 1, form="tree", tokens=16): MAIN[:2],
     Arm("published, tree, 2 objectives", "loop", 2, form="tree", tokens=16): MAIN[:2],
@@ -90,27 +84,17 @@ ARMS: dict[Arm, tuple[Cell, ...]] = {
         Cell(1),
         Cell(1, 1024),
     ),
-    Arm("published, tree, base-sized, 3 objectives", "base-sized loop", 3, form="tree",
-        tokens=SLOW): MAIN[:2],
-    Arm("published, copies, base-sized, 3 objectives", "base-sized loop", 3, form="copies",
-        tokens=SLOW): MAIN[:1],
     Arm("best of 2", "vLLM", n=2): MAIN[:2],
     Arm("best of 4", "vLLM", n=4): MAIN[:2],
     Arm("best of 8", "vLLM", n=8): MAIN[:1],
 }  # fmt: skip
 # What is compared in output tokens/s, where, and the ratio aimed at (None: 1, within the noise).
 COMPARISONS: tuple[tuple[str, str, tuple[Cell, ...], float | None], ...] = (
-    ("action head, 3 objectives", UNGUIDED, MAIN[1:], 0.85),
-    ("action head, 8 reranked, 3 objectives", UNGUIDED, MAIN[1:], 0.4),
-    ("state head, pruned, 3 objectives", UNGUIDED, MAIN[1:], 0.4),
-    ("action head, 3 objectives", "published, tree, 3 objectives", MAIN[1:2], 3),
-    ("base-sized action head, 3 objectives", "published, tree, base-sized, 3 objectives",
-        MAIN[1:2], 10),
-    ("3 base-sized action models of 1 objective", "published, tree, base-sized, 3 objectives",
-        MAIN[1:2], 10),
+    ("heads, 4 objectives", UNGUIDED, MAIN, 0.96),
+    ("unguided requests beside guided ones", UNGUIDED, MAIN[1:], 0.97),
     ("plugin loaded, nobody guided", UNGUIDED, MAIN, None),
-    ("unguided requests beside guided ones", UNGUIDED, MAIN[1:], None),
-)  # fmt: skip
+    ("state head, pruned, 3 objectives", UNGUIDED, MAIN[1:2], 0.4),
+)
 # The cells that cost most are visited this often at the most.
 MOST_REPETITIONS = {cell: 2 for cell in PROMPTS}
 
@@ -221,32 +205,22 @@ def compare(runs: dict[tuple[Arm, Cell], dict[int, tp.Any]]) -> list[dict[str, t
     return found
 
 
-def processes(options: argparse.Namespace, folder: str) -> dict[str, tuple[tp.Any, ...]]:
+def processes(options: argparse.Namespace) -> dict[str, tuple[tp.Any, ...]]:
     """What each worker starts with: the function and its arguments."""
     base, quick = options.base, options.quick
 
-    def vllm(*models: str, **config: tp.Any) -> tuple[tp.Any, ...]:
-        return start_vllm, base, {"value_models": list(models), **config}, quick
-
-    def made(name: str) -> list[str]:
-        return [str(Path(folder, f"{name}-{objective}")) for objective in OBJECTIVES]
+    def vllm(model: str, **config: tp.Any) -> tuple[tp.Any, ...]:
+        return start_vllm, base, {"value_models": [model], **config}, quick
 
     every: dict[str, tuple[tp.Any, ...]] = {
         "vLLM": (start_vllm, base, None, quick),
-        "action": vllm(options.action_model),
+        "heads": vllm(options.heads_model),
         "pruned": vllm(options.state_model, prune_eps=options.prune_eps),
         "loop": (start_loop, base, 2 if quick else 4, quick),
     }
     if quick:
         return every
-    return every | {
-        "state": vllm(options.state_model),
-        "reranked": vllm(options.action_model, rerank=8),
-        "3 action models": vllm(*made("action")),
-        "base-sized": vllm(str(Path(folder, "base-sized"))),
-        "3 base-sized": vllm(*made("base-sized")),
-        "base-sized loop": (start_loop, base, None, quick),
-    }
+    return every | {"state": vllm(options.state_model)}
 
 
 def arguments() -> argparse.Namespace:
@@ -255,13 +229,13 @@ def arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="a smoke test: tiny models, writes no file")
     add("--base", default=str(ROOT / "artifacts" / "smollm2"))
     add("--state-model", default=str(ROOT / "artifacts" / "value_model"))
-    add("--action-model", default=str(ROOT / "artifacts" / "action_model"))
+    add("--heads-model", default=str(ROOT / "artifacts" / "heads"))
     add("--prune-eps", type=float, default=0.001)
     add("--repetitions", type=int, default=3)
     add("--tokens", type=int, default=32, help="of each response (default: %(default)s)")
     add("--only", default="", help="comma-separated workers; then writes no file")
     options = parser.parse_args()
-    for path in (options.base, options.state_model, options.action_model):
+    for path in (options.base, options.state_model, options.heads_model):
         if not options.quick and not Path(path, "config.json").exists():
             parser.error(f"there is no model in {path}; examples/demo.py makes them (`make demo`)")
     return options
@@ -275,13 +249,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.quick:
             tokens, repetitions, options.base = 6, 2, str(Path(folder, "base"))
-            options.state_model, options.action_model = f"{folder}/state", f"{folder}/action"
+            options.state_model, options.heads_model = f"{folder}/state", f"{folder}/heads"
             arms = {arm: (Cell(2, 12, 10),) for arm in ARMS}
-        spawn = multiprocessing.get_context("spawn")
-        maker = spawn.Process(target=make_models, args=(folder, options.base, options.quick))
-        maker.start()
-        maker.join()
-        starts = processes(options, folder)
+            spawn = multiprocessing.get_context("spawn")
+            maker = spawn.Process(target=make_models, args=(folder, options.base))
+            maker.start()
+            maker.join()
+        starts = processes(options)
         only = [name for name in options.only.split(",") if name] or list(starts)
         workers = {name: Worker(name, folder, *starts[name]) for name in only}
         arms = {arm: cells for arm, cells in arms.items() if arm.worker in workers}

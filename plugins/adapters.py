@@ -72,7 +72,7 @@ def load_value_models(paths: Sequence[str], dtype: torch.dtype) -> list[MAVISVal
             models[i] = MAVISValueModel.load(path, dtype=dtype)
         else:
             backbone = config.text_config.to_json_string(use_diff=False)
-            families.setdefault(f"{config.base_model} {config.head_type} {backbone}", []).append(i)
+            families.setdefault(f"{config.base_model} {backbone}", []).append(i)
     for members in families.values():
         tuned = [_load_adapter(paths[i], dtype) for i in members]
         models |= dict(zip(members, _share_backbone(tuned)))
@@ -108,8 +108,6 @@ def _load_adapter(path: str, dtype: torch.dtype) -> MAVISValueModel:
             config.objectives or [],
             num_hidden_layers=config.text_config.num_hidden_layers,
             dtype=dtype,
-            head_type=config.head_type,
-            action_rank=config.action_rank,
         )
         adapted: Any = PeftModel.from_pretrained(model, str(Path(weights).parent))
         with safe_open(weights, framework="pt") as file:

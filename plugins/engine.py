@@ -1,10 +1,10 @@
 """The value engine: values of the `k` candidate next tokens of many sequences, incrementally.
 
 Keys and values of every prefix stay in a paged store of fixed size, so a step costs one new token
-(with a state head, also the candidates) a sequence, in one forward pass for all sequences whatever
-their lengths. Prefixes that begin alike share their full blocks. The store is only a cache:
-whatever was evicted is computed again from the token ids that the caller gives. The engine knows
-nothing of requests, weights or host engines.
+and the candidates a sequence, in one forward pass for all sequences whatever their lengths.
+Prefixes that begin alike share their full blocks. The store is only a cache: whatever was evicted
+is computed again from the token ids that the caller gives. The engine knows nothing of requests,
+weights or host engines.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -27,9 +26,6 @@ GIB = 1 << 30
 
 # history(slot, start, stop): the token ids at those positions of the slot's prefix.
 History = Callable[[int, int, int], "Sequence[int] | torch.Tensor"]
-# rerank(values, rows): for those rows `[n]` of the batch, from their values `[n, k, objectives]`,
-# which candidates to read again, `[n, m]` int64, and how much each counts, `[n, m]`, together 1.
-Rerank = Callable[[torch.Tensor, np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 
 
 class ValueEngine:
@@ -83,11 +79,6 @@ class ValueEngine:
         for i, model in enumerate(self.models):
             families.setdefault(id(model.backbone), []).append(i)
         self._families = list(families.values())  # indices of the models of each backbone
-        # Of those, by number: whose models read candidates at the prefix, and at their own place.
-        self._action, self._state = (
-            [f for f, family in enumerate(self._families) if kind(self.models[family[0]])]
-            for kind in (_is_action, lambda model: not _is_action(model))
-        )
         bytes_per_token = 0
         for model in self.models:
             config = model.config.text_config
@@ -149,11 +140,6 @@ class ValueEngine:
                     for _ in range(config.num_hidden_layers)
                 ]
             )
-        with torch.inference_mode():
-            self._action_tables = [
-                model.action_table() if _is_action(model) else None for model in self.models
-            ]
-        self.weight_bytes += sum(t.nbytes for t in self._action_tables if t is not None)
 
         self._num_blocks = num_blocks
         # A slot's blocks, in order.
@@ -176,7 +162,7 @@ class ValueEngine:
         def run() -> torch.Tensor:
             history = lambda slot, start, stop: probe.prefix[start:stop]  # noqa: E731
             self._store_prefixes(slots, lengths - 1, history)
-            hidden = self._pass([family], slots, lengths, positions, 1, tokens)
+            hidden = self._pass([family], slots, lengths, positions, tokens)
             return torch.stack([hidden[i] for i in self._families[family]])
 
         try:
@@ -214,16 +200,6 @@ class ValueEngine:
             for config in (model.config for model in self.models)
             for scale in config.candidate_scale or [1.0] * len(config.objectives or ())
         )
-
-    @property
-    def reads_candidates(self) -> bool:
-        """Whether some model reads the candidates themselves, so that fewer of them cost less."""
-        return bool(self._state)
-
-    @property
-    def has_action_heads(self) -> bool:
-        """Whether some model reads its candidates at the prefix."""
-        return bool(self._action)
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget what is stored of `slot` from position `length` on."""
@@ -270,7 +246,6 @@ class ValueEngine:
         candidates: torch.Tensor,
         history: History,
         counts: np.ndarray | None = None,
-        rerank: Rerank | None = None,
     ) -> torch.Tensor:
         """Value of every candidate as the next token of its prefix.
 
@@ -282,8 +257,6 @@ class ValueEngine:
             history: Asked for the earlier tokens that are not stored.
             counts: `[batch]` int64, how many of a row's candidates to value, the first ones; by
                 default all.
-            rerank: Which candidates' values to read again at their own position, where an action
-                head has valued them at the prefix's.
 
         Returns:
             `[batch, k, objectives]` float32; what it says of a candidate beyond its row's count
@@ -301,7 +274,7 @@ class ValueEngine:
         self._changing = True
         if counts is None:
             counts = np.full(len(slots), candidates.shape[1])
-        values = self._values(slots, lengths, last_tokens, candidates, history, counts, rerank)
+        values = self._values(slots, lengths, last_tokens, candidates, history, counts)
         self._changing = False
         return values
 
@@ -313,33 +286,24 @@ class ValueEngine:
         candidates: torch.Tensor,
         history: History,
         counts: np.ndarray,
-        rerank: Rerank | None,
     ) -> torch.Tensor:
         if (-(-lengths // BLOCK_SIZE)).sum() > self._num_blocks:
             # Prefixes that do not fit together go one half after the other.
-            halves = []
-            for h in np.array_split(np.arange(len(slots)), 2):
-                part = (slots[h], lengths[h], last_tokens[h], candidates[h], history, counts[h])
-                of_half = rerank and partial(_of_part, rerank, h)
-                halves.append(self._values(*part, of_half))
+            halves = [
+                self._values(
+                    slots[h], lengths[h], last_tokens[h], candidates[h], history, counts[h]
+                )
+                for h in np.array_split(np.arange(len(slots)), 2)
+            ]
             return torch.cat(halves)
         self._clock += 1
         self._used[slots] = self._clock
         self._store_prefixes(slots, lengths - 1, history)
-        last_tokens = last_tokens.to(candidates.dtype)
-        values: dict[int, torch.Tensor] = {}
-        if self._action:
-            positions = lengths[:, None] - 1
-            at_prefix = self._pass(self._action, slots, lengths, positions, 1, last_tokens)
-            for i, hidden in at_prefix.items():
-                table = self._action_tables[i]
-                values[i] = self.models[i].read_action_head(hidden, candidates, table)
-        if self._state:
-            values |= self._at_candidates(slots, lengths, last_tokens, candidates, counts)
-        if rerank is not None and self._action:
-            self._rerank(slots, lengths, candidates, values, rerank)
+        values = self._at_candidates(
+            slots, lengths, last_tokens.to(candidates.dtype), candidates, counts
+        )
         self._cached[slots] = lengths
-        return torch.cat([values[i] for i in range(len(self.models))], dim=-1)
+        return values
 
     def _at_candidates(
         self,
@@ -348,8 +312,8 @@ class ValueEngine:
         last_tokens: torch.Tensor,
         candidates: torch.Tensor,
         counts: np.ndarray,
-    ) -> dict[int, torch.Tensor]:
-        """Values `[batch, k, objectives]` of every state head, which stores the last tokens too."""
+    ) -> torch.Tensor:
+        """Values `[batch, k, objectives]`; the last tokens enter the store."""
         width = int(counts.max(initial=0))
         positions = np.repeat(lengths[:, None], 1 + width, axis=1)
         positions[:, 0] -= 1
@@ -363,37 +327,15 @@ class ValueEngine:
                 self._to_device(padded.reshape(-1)),
             )
         values = {}
-        hidden = self._pass(self._state, slots, lengths, positions, 1, tokens.flatten(), packing)
+        families = range(len(self._families))
+        hidden = self._pass(families, slots, lengths, positions, tokens.flatten(), packing)
         for i, of_model in hidden.items():
             read = self.models[i].read_head(of_model)
             if packing is not None:
                 read = read.index_select(0, packing[1])
             read = read.view(len(slots), 1 + width, -1)[:, 1:]
             values[i] = nn.functional.pad(read, (0, 0, 0, candidates.shape[1] - width))
-        return values
-
-    def _rerank(
-        self,
-        slots: np.ndarray,
-        lengths: np.ndarray,
-        candidates: torch.Tensor,
-        values: dict[int, torch.Tensor],
-        rerank: Rerank,
-    ) -> None:
-        """Read the values of some candidates at their own position, in place of an action head's.
-
-        The others keep their action head's, moved by as much as those have moved in the mean.
-        """
-        merged = torch.cat([values[i] for i in range(len(self.models))], dim=-1)
-        chosen, share = rerank(merged, np.arange(len(slots)))
-        tokens = candidates.gather(1, chosen).flatten()
-        positions = np.repeat(lengths[:, None], chosen.shape[1], axis=1)
-        index = chosen[..., None]
-        for i, hidden in self._pass(self._action, slots, lengths, positions, 0, tokens).items():
-            own = self.models[i].read_head(hidden).view(*chosen.shape, -1)
-            moved = own - values[i].gather(1, index.expand_as(own))
-            moved = (share[..., None] * moved).sum(1, keepdim=True)
-            values[i] = (values[i] + moved).scatter(1, index.expand_as(own), own)
+        return torch.cat([values[i] for i in range(len(self.models))], dim=-1)
 
     def _store_prefixes(self, slots: np.ndarray, lengths: np.ndarray, history: History) -> None:
         """Bring the store to `lengths` tokens of each prefix, with room for one more."""
@@ -507,16 +449,15 @@ class ValueEngine:
         slots: np.ndarray,
         lengths: np.ndarray,
         positions: np.ndarray,
-        written: int,
         tokens: torch.Tensor,
         packing: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[int, torch.Tensor]:
         """Last hidden states `[total, hidden]` of each model of some families.
 
         `positions` `[batch, queries]` are those of `tokens` `[batch * queries]`, of which the pass
-        runs over the `total` that `packing` keeps; see `Step`.
+        runs over the `total` that `packing` keeps, see `Step`; each row's first enters the store.
         """
-        step = replace(self._step(slots, lengths, positions, written), packing=packing)
+        step = replace(self._step(slots, lengths, positions, 1), packing=packing)
         hidden = self._run(families, tokens if packing is None else tokens[packing[0]], step)
         return dict(zip((i for f in families for i in self._families[f]), hidden))
 
@@ -565,17 +506,6 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
-
-
-def _of_part(
-    rerank: Rerank, part: np.ndarray, values: torch.Tensor, rows: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rerank` where the rows are counted within a part of its batch."""
-    return rerank(values, part[rows])
-
-
-def _is_action(model: MAVISValueModel) -> bool:
-    return model.config.head_type == "action"
 
 
 def _check_attention(model: MAVISValueModel) -> None:

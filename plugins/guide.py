@@ -19,24 +19,19 @@ class Guide:
     Args:
         engine: Values of the candidates. A row's sequence lives in the engine's slot of the row.
         num_slots: Number of slots, as in the engine.
-        prune_eps: Candidates of a state head that cannot become likelier than this, within the
-            range of values that their model has shown, are not valued and get probability 0. At 0
-            the policy is exact. On a GPU it has to wait for the base model's logits each step.
-        rerank: Number of candidates whose values the model of an action head reads at their own
-            position, as a state head does: those that the action head makes likeliest.
+        prune_eps: Candidates that cannot become likelier than this, within the range of values
+            that their model has shown, are not valued and get probability 0. At 0 the policy is
+            exact. On a GPU it has to wait for the base model's logits each step.
 
     Attributes:
         rows: Rows guided so far.
         candidates: Candidates that remained in them after pruning.
 
     Raises:
-        ValueError: `prune_eps` or `rerank` is out of range, a value model does not state its range,
-            or there is no action head to rerank.
+        ValueError: `prune_eps` is out of range, or a value model does not state its range.
     """
 
-    def __init__(
-        self, engine: ValueEngine, num_slots: int, prune_eps: float = 0.0, rerank: int = 0
-    ) -> None:
+    def __init__(self, engine: ValueEngine, num_slots: int, prune_eps: float = 0.0) -> None:
         if not 0 <= prune_eps < 1:
             raise ValueError(f"prune_eps must be at least 0 and below 1, got {prune_eps}")
         if prune_eps and engine.candidate_range is None:
@@ -44,21 +39,13 @@ class Guide:
                 f"prune_eps {prune_eps} needs value models whose config has a candidate_range: "
                 "train them again, or leave prune_eps at 0"
             )
-        if rerank < 0:
-            raise ValueError(f"rerank must not be negative, got {rerank}")
-        if rerank and not engine.has_action_heads:
-            raise ValueError(
-                f"rerank {rerank} is for action heads, and no value model has one: its state head "
-                "reads every candidate at its own position already; leave rerank at 0"
-            )
         self.engine = engine
         self.prune_eps = prune_eps
-        self.rerank = rerank
         self.rows = self.candidates = 0
         unused = [0.0] * len(engine.objectives)  # at prune_eps 0 it does not matter
         self._range = np.array(engine.candidate_range or unused, dtype=np.float32)
         # Impossible candidates cost nothing to leave out where their number is at hand.
-        self._prunes = engine.reads_candidates and (prune_eps > 0 or engine.device.type == "cpu")
+        self._prunes = prune_eps > 0 or engine.device.type == "cpu"
         self.guided = np.zeros(num_slots, dtype=bool)
         # A slot's weights, then beta, top_k, the KL budget and its temperature: one copy to the
         # device a step.
@@ -110,22 +97,12 @@ class Guide:
             ranks = torch.arange(log_probs.shape[1], device=log_probs.device)
             log_probs = log_probs.masked_fill(ranks >= likely[:, None], -torch.inf)
             counts = likely.cpu().numpy()
-        elif self.engine.reads_candidates and (top_k < max_k).any():
+        elif (top_k < max_k).any():
             counts = np.minimum(top_k, candidates.shape[1]).astype(np.int64)
         self.rows += len(slots)
         self.candidates += int(top_k.sum() if counts is None else counts.sum())
 
-        def likeliest(values: torch.Tensor, of: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = to_device(torch.from_numpy(of), values.device)
-            reference = log_probs[rows]
-            policy = guide(reference, values, weights[rows], beta[rows], None)
-            top = policy.topk(min(self.rerank, policy.shape[1])).indices
-            return top, torch.softmax(reference.gather(1, top), dim=1)
-
-        values = self.engine.values(
-            slots, lengths, last_tokens, candidates, history, counts,
-            rerank=likeliest if self.rerank else None,
-        )  # fmt: skip
+        values = self.engine.values(slots, lengths, last_tokens, candidates, history, counts)
         limited = np.isfinite(chosen[:, -2]).any()
         log_policy = guide(
             log_probs, values, weights, beta, budget if limited else None, temperature

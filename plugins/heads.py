@@ -232,7 +232,7 @@ class MAVISValueHeads(PreTrainedModel):
             base_model_fingerprint=base_model_fingerprint(full.config),
             base_checkpoint_fingerprint=checkpoint_fingerprint(name),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
-            **{"action_rank": 32, **config_fields},
+            **config_fields,
         )
         return cls(config)
 

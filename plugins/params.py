@@ -86,8 +86,6 @@ class GuidanceConfig:
         top_k: Default number of candidates; by default the number the value models were made for.
         kl_budget: Default limit in nats per step.
         max_top_k: Largest `mavis_top_k` that a request may ask for: it is what the request costs.
-        rerank: Number of candidates that an action head's model reads at their own position, as a
-            state head does: the likeliest by the action head.
         prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
             0 is exact. See [`count_likely`][trimtab.plugins.guidance.count_likely].
         dtype: Of the value models: float32, bfloat16, float16; by default the served model's.
@@ -105,7 +103,6 @@ class GuidanceConfig:
     top_k: int | None = None
     kl_budget: float | None = None
     max_top_k: int = 128
-    rerank: int = 0
     prune_eps: float = 0.0
     dtype: str | None = None
     kv_cache_memory_gib: float = 1.0
@@ -153,7 +150,6 @@ class GuidanceConfig:
                 f"mavis config: weights[{quote(name)}]", weight, -MAX_STRENGTH, MAX_STRENGTH
             )
         check_integer("mavis config: max_top_k", self.max_top_k, 1, MAX_TOP_K)
-        check_integer("mavis config: rerank", self.rerank, 0, MAX_TOP_K)
         check_number("mavis config: prune_eps", self.prune_eps, 0, 1)
         check_number("mavis config: kv_cache_memory_gib", self.kv_cache_memory_gib, 1e-6, 1e6)
         self.default_params(tuple(self.weights), 1)  # all but the names, which the models tell

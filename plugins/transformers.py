@@ -41,8 +41,6 @@ class MAVISLogitsProcessor(LogitsProcessor):
         tokenizer: The base model's, to check that the value models were trained with it.
         model: The base model, whose hidden states heads read. With these, no `attention_mask` is
             needed.
-        rerank: Number of candidates that an action head's model reads at their own position, as a
-            state head does: the likeliest by the action head. See [`Guide`][trimtab.plugins.guide].
         prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
             0 is exact. See [`count_likely`][trimtab.plugins.guidance.count_likely].
         dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
@@ -71,7 +69,6 @@ class MAVISLogitsProcessor(LogitsProcessor):
         attention_mask: torch.Tensor | None = None,
         tokenizer: Any = None,
         model: Any = None,
-        rerank: int = 0,
         prune_eps: float = 0.0,
         dtype: torch.dtype | None = None,
         kv_cache_memory_gib: float = 1.0,
@@ -95,7 +92,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         )
         self.attention_mask = attention_mask
         self._prompts: torch.Tensor | None = None  # that the mask was first seen with
-        self._rerank, self._prune_eps = rerank, prune_eps
+        self._prune_eps = prune_eps
         self._dtype = dtype
         memory = check_number("kv_cache_memory_gib", kv_cache_memory_gib, 1e-6, 1e6)
         self._kv_cache_memory = int(memory * GIB)
@@ -108,10 +105,10 @@ class MAVISLogitsProcessor(LogitsProcessor):
                     "these value models are heads on the base model's hidden state: pass it as "
                     "MAVISLogitsProcessor(..., model=model)"
                 )
-            if rerank or prune_eps:
+            if prune_eps:
                 raise ValueError(
-                    f"rerank {rerank} and prune_eps {prune_eps} are for value models with a "
-                    "backbone, heads read all candidates at once: leave them at 0"
+                    f"prune_eps {prune_eps} is for value models with a backbone, heads read all "
+                    "candidates at once: leave it at 0"
                 )
             for config in configs:
                 _check_base_model(config, model)
@@ -217,7 +214,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
             dtype=self._dtype or default,
             kv_cache_memory=self._kv_cache_memory,
         )
-        self._guide = Guide(engine, batch, self._prune_eps, self._rerank)
+        self._guide = Guide(engine, batch, self._prune_eps)
         for slot in range(batch):
             self._guide.start(slot, self.params)
         self._forget()

@@ -39,7 +39,7 @@ from .params import (
     quote,
 )
 
-HEAD_TYPES = ("state", "action", "hidden")
+HEAD_TYPES = ("state", "hidden")
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
@@ -55,11 +55,9 @@ class MAVISValueConfig(PreTrainedConfig):
             deviation of each objective's reward between the base model's responses to one prompt.
             Models whose provenance has no `reward_std` were made with that of all responses.
         head_type: `"state"`: the value of a candidate is read at the candidate's own position.
-            `"action"`: the values of all candidates are read at the prefix's last position,
-            `Q_i(s, a) = V_i(s) + <U_i h(s), P(e(a))>`, with `e` the backbone's token embedding
-            and `P` an [`ActionEmbedding`]. `"hidden"`: likewise, from the hidden state that the
-            base model's output layer reads, see [`MAVISValueHeads`][trimtab.plugins.heads].
-        action_rank: Width of `U_i h` and `P` of an action head.
+            `"hidden"`: the values of all candidates are read from the hidden state that the base
+            model's output layer reads, see [`MAVISValueHeads`][trimtab.plugins.heads].
+        action_rank: Width of `U_i` and `P` of heads on the base model's hidden state.
         head_width: Width of the layers of heads on the base model's hidden state.
         ensemble_size: Number of such heads whose mean is taken.
         base_hidden_size: Width of that hidden state.
@@ -91,7 +89,7 @@ class MAVISValueConfig(PreTrainedConfig):
     reward_mean: list[float] | None = None
     reward_std: list[float] | None = None
     head_type: str = "state"
-    action_rank: int = 128
+    action_rank: int = 32
     head_width: int = 128
     ensemble_size: int = 4
     base_hidden_size: int | None = None
@@ -135,6 +133,11 @@ class MAVISValueConfig(PreTrainedConfig):
                 self.candidate_range = self._numbers("candidate_range", 0.0, 0, LARGEST)
             if self.candidate_scale is not None:
                 self.candidate_scale = self._numbers("candidate_scale", 1.0, 0, MAX_STRENGTH)
+        if self.head_type == "action":
+            raise ValueError(
+                "head_type 'action' is gone, its place is taken by heads on the base model's own "
+                "hidden state: train with head_type='hidden', or a backbone with head_type='state'"
+            )
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"head_type must be one of {HEAD_TYPES}, got {quote(self.head_type)}")
         check_integer("action_rank", self.action_rank, 1, MAX_TOP_K)
@@ -188,38 +191,6 @@ class MAVISValueOutput(ModelOutput):
     candidate_logits: torch.Tensor | None = None
 
 
-class ActionEmbedding(nn.Module):
-    """What an action head knows of a token: two layers over its normalised embedding.
-
-    A function of the token alone, so that serving reads it from a table. A linear map would do,
-    and explains a seventh less of the variance of a state head's candidate differences.
-
-    Args:
-        width: Of the token embedding.
-        rank: Of the result.
-    """
-
-    def __init__(self, width: int, rank: int) -> None:
-        super().__init__()
-        self.expand = nn.Linear(width, 2 * width)
-        self.project = nn.Linear(2 * width, rank, bias=False)
-
-    def init_weights(self) -> None:
-        """Results begin with a length near 1, whatever the embedding's scale."""
-        nn.init.normal_(self.expand.weight, std=self.expand.in_features**-0.5)
-        nn.init.zeros_(self.expand.bias)
-        rank, width = self.project.weight.shape
-        nn.init.normal_(self.project.weight, std=(0.36 * width * rank) ** -0.5)  # 0.36: E silu^2
-
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """`[..., width]` of any floating dtype to `[..., rank]` float32."""
-        x = embedding.float()
-        with torch.autocast(x.device.type, enabled=False):
-            x = nn.functional.rms_norm(x, x.shape[-1:])
-            x = nn.functional.linear(x, self.expand.weight.float(), self.expand.bias.float())
-            return nn.functional.linear(nn.functional.silu(x), self.project.weight.float())
-
-
 class MAVISValueModel(PreTrainedModel):
     """A causal decoder with a value head: `V_i(s)` of every prefix, `Q_i(s, a)` of candidates.
 
@@ -248,23 +219,11 @@ class MAVISValueModel(PreTrainedModel):
         self.backbone = AutoModel.from_config(config.backbone_config)
         width, count = config.text_config.hidden_size, len(config.objectives)
         self.head = nn.Linear(width, count)
-        if config.head_type == "action":
-            rank = config.action_rank
-            self.action_query = nn.Linear(width, count * rank, bias=False)  # U, of all objectives
-            embedding: Any = self.get_input_embeddings().weight
-            self.action_embedding: Any = ActionEmbedding(embedding.shape[1], rank)  # P
         self.post_init()
-        self._init_heads()
-
-    def _init_heads(self) -> None:
-        for head in ("head", "action_query", "action_embedding"):
-            if hasattr(self, head):
-                self._init_weights(getattr(self, head))
+        self._init_weights(self.head)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ActionEmbedding):
-            module.init_weights()
-        elif module in (self.head, getattr(self, "action_query", None)):
+        if module is self.head:
             # Zero predicts the mean reward for every prefix: no guidance before training.
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
@@ -289,37 +248,6 @@ class MAVISValueModel(PreTrainedModel):
                 hidden.float(), self.head.weight.float(), self.head.bias.float()
             )
 
-    def action_table(self) -> torch.Tensor:
-        """`P(e(a))` of every token, `[vocab, action_rank]` float32."""
-        embedding: Any = self.get_input_embeddings().weight
-        rows = embedding.split(8192)  # bounds the memory it takes
-        return torch.cat([self.action_embedding(r) for r in rows])
-
-    def read_action_head(
-        self, hidden: torch.Tensor, candidates: torch.Tensor, table: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`Q_i(s, a)` of candidates from the hidden states of their prefixes.
-
-        Args:
-            hidden: `[..., hidden_size]`, any floating dtype.
-            candidates: `[..., k]` int64 token ids.
-            table: [`action_table`] if it is at hand; only the candidates' rows are read.
-
-        Returns:
-            `[..., k, n_objectives]` float32.
-        """
-        count, rank = self.head.out_features, self.config.action_rank
-        with torch.autocast(hidden.device.type, enabled=False):
-            query = nn.functional.linear(hidden.float(), self.action_query.weight.float())
-            if table is None:
-                tokens, candidates = candidates.unique(return_inverse=True)
-                embedding: Any = self.get_input_embeddings().weight
-                table = self.action_embedding(nn.functional.embedding(tokens, embedding))
-            assert table is not None
-            actions = nn.functional.embedding(candidates, table)
-            advantages = actions @ query.unflatten(-1, (count, rank)).transpose(-1, -2)
-        return advantages + self.read_head(hidden)[..., None, :]
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -343,15 +271,14 @@ class MAVISValueModel(PreTrainedModel):
         """
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        length, action = input_ids.shape[1], self.config.head_type == "action"
+        length = input_ids.shape[1]
         if candidates is not None:
             if candidate_positions is None:
                 candidate_positions = torch.arange(length, device=input_ids.device)
                 candidate_positions = candidate_positions.expand(len(input_ids), -1)
-            if not action:
-                input_ids, attention_mask, position_ids = self._append_candidates(
-                    input_ids, attention_mask, position_ids, candidates, candidate_positions
-                )
+            input_ids, attention_mask, position_ids = self._append_candidates(
+                input_ids, attention_mask, position_ids, candidates, candidate_positions
+            )
         hidden = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -359,13 +286,9 @@ class MAVISValueModel(PreTrainedModel):
             use_cache=False,
         ).last_hidden_state
         logits = self.read_head(hidden[:, :length])
-        if candidates is None or candidate_positions is None:
+        if candidates is None:
             return MAVISValueOutput(logits=logits)
-        if action:
-            index = candidate_positions[..., None].expand(-1, -1, hidden.shape[-1])
-            of_candidates = self.read_action_head(hidden.gather(1, index), candidates)
-        else:
-            of_candidates = self.read_head(hidden[:, length:]).unflatten(1, candidates.shape[1:])
+        of_candidates = self.read_head(hidden[:, length:]).unflatten(1, candidates.shape[1:])
         return MAVISValueOutput(logits=logits, candidate_logits=of_candidates)
 
     def _append_candidates(
@@ -467,7 +390,7 @@ class MAVISValueModel(PreTrainedModel):
         decoder = full.get_decoder() if hasattr(full, "get_decoder") else full.base_model
         copied = {name: w for name, w in decoder.state_dict().items() if name in own}
         model.backbone.load_state_dict(copied)  # strict: every weight of the backbone is copied
-        model._init_heads()
+        model._init_weights(model.head)
         return model
 
     @classmethod

@@ -217,7 +217,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             dtype=dtype,
             kv_cache_memory=int(config.kv_cache_memory_gib * GIB),
         )
-        self._guide = self.guide_class(engine, num_slots, config.prune_eps, config.rerank)
+        self._guide = self.guide_class(engine, num_slots, config.prune_eps)
         self._v2: LogitsProcRequestState | None = None if is_pin_memory is not None else state  # type: ignore
         self._runner = ModelRunner()
         self._free_slots = list(range(num_slots))
@@ -243,12 +243,11 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     ) -> None:
         """Guide by heads on the served model's hidden states: nothing is kept of a sequence."""
         config = self._serving.config
-        for key in ("rerank", "prune_eps"):
-            if getattr(config, key):
-                raise ValueError(
-                    f"mavis config: {key} is for value models with a backbone, and heads on the "
-                    f"served model's hidden state read all candidates at once; leave {key} out"
-                )
+        if config.prune_eps:
+            raise ValueError(
+                "mavis config: prune_eps is for value models with a backbone, and heads on the "
+                "served model's hidden state read all candidates at once; leave prune_eps out"
+            )
         check_vllm(vllm_config)
         watch_vllm()
         self._heads = HeadGuide(models, vllm_config.scheduler_config.max_num_seqs, device)

@@ -88,8 +88,6 @@ def make_value_model(folder: Path, base: Path, objectives: list[str], seed: int 
     )
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.head.weight, std=0.15)
-    if model.config.head_type == "action":
-        torch.nn.init.normal_(model.action_query.weight, std=0.1)
     model.save_pretrained(folder)
     return folder
 
@@ -121,14 +119,13 @@ def base_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def action_model(tmp_path_factory, base_model) -> Path:
-    folder = tmp_path_factory.mktemp("action")
-    return make_value_model(folder, base_model, ["salty"], seed=4, head_type="action")
+def value_model(tmp_path_factory, base_model) -> Path:
+    return make_value_model(tmp_path_factory.mktemp("value"), base_model, ["sweet", "sour"])
 
 
 @pytest.fixture(scope="session")
-def value_model(tmp_path_factory, base_model) -> Path:
-    return make_value_model(tmp_path_factory.mktemp("value"), base_model, ["sweet", "sour"])
+def salty_model(tmp_path_factory, base_model) -> Path:
+    return make_value_model(tmp_path_factory.mktemp("salty"), base_model, ["salty"], seed=4)
 
 
 @pytest.fixture(scope="session")

@@ -39,12 +39,6 @@ class Reference:
                 self.head_values(model, prefix, candidates)
                 if model.config.head_type == "hidden"
                 else model(continued).logits[:, -1]
-                if model.config.head_type == "state"
-                else model(
-                    continued[:1, :-1],
-                    candidates=candidates[None, None],
-                    candidate_positions=torch.tensor([[len(prefix) - 1]]),
-                ).candidate_logits[0, 0]
                 for model in self.values
             ],
             dim=1,

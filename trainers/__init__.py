@@ -6,8 +6,6 @@ Nothing heavy is imported here: names are loaded when they are first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .distillation_config import MAVISDistillationConfig
-    from .distillation_trainer import MAVISDistillationTrainer
     from .mavis_config import MAVISConfig
     from .mavis_trainer import MAVISTrainer
     from .pareto import (
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "MAVISConfig": "mavis_config",
-    "MAVISDistillationConfig": "distillation_config",
-    "MAVISDistillationTrainer": "distillation_trainer",
     "MAVISTrainer": "mavis_trainer",
     "PairwiseJudge": "pareto",
     "Point": "pareto",
@@ -50,8 +46,6 @@ _EXTRAS = {"accelerate", "datasets", "peft", "pyarrow", "torch", "tqdm", "transf
 
 __all__ = [
     "MAVISConfig",
-    "MAVISDistillationConfig",
-    "MAVISDistillationTrainer",
     "MAVISTrainer",
     "PairwiseJudge",
     "Point",

@@ -1,7 +1,7 @@
 """The base model's likeliest next tokens along trees of responses, and what models value them at.
 
-Guidance chooses among these candidates, so distillation compares its models at them, and candidate
-pruning needs the range of their values.
+Guidance chooses among these candidates: candidate pruning needs the range of their values, and
+responses tell how much of their differences to believe.
 """
 
 from __future__ import annotations
@@ -27,29 +27,23 @@ PART_POSITIONS = 32  # whose candidates are read together: their mask is a squar
 def add_candidates(
     sequences: Sequence[dict[str, Any]],
     base_model: Any,
-    teachers: Sequence[MAVISValueModel],
     collate: Any,
     top_k: int,
     positions_per_sequence: int | None,
     eos_token_ids: set[int],
     accelerator: Any,
-    seed: int = 0,
 ) -> None:
     """
-    Adds to sequences of [`pack_tree`] the base model's candidates after some of the prefixes, and
-    the values that teachers give them. The processes share the work.
+    Adds to sequences of [`pack_tree`] the base model's candidates after some of the prefixes. The
+    processes share the work.
 
     Args:
         sequences (`list[dict[str, Any]]`):
             Each gets `candidate_positions` (of the prefixes' last tokens), `[n]` int64;
-            `candidates`, `[n, k]` int64, likeliest first; `candidate_log_probs`, `[n, k]` float32,
-            normalised over them; and, if there are teachers, `teacher_values`,
-            `[length, n_objectives]` float32, and `teacher_candidate_values`,
-            `[n, k, n_objectives]` float32.
+            `candidates`, `[n, k]` int64, likeliest first; and `candidate_log_probs`, `[n, k]`
+            float32, normalised over them.
         base_model ([`~transformers.PreTrainedModel`]):
             A causal decoder that follows a mask of branches.
-        teachers (`list` of [`~trimtab.plugins.MAVISValueModel`]):
-            Their objectives are concatenated.
         collate ([`DataCollatorForTrees`]):
             Makes that mask.
         top_k (`int`):
@@ -60,8 +54,6 @@ def add_candidates(
             Tokens that end a response: nothing follows them.
         accelerator ([`~accelerate.Accelerator`]):
             The trainer's.
-        seed (`int`, *optional*, defaults to `0`):
-            Chooses the prefixes.
     """
     base_model = base_model.eval().to(accelerator.device)
     mine = range(accelerator.process_index, len(sequences), accelerator.num_processes)
@@ -71,7 +63,7 @@ def add_candidates(
         tokens, depths = sequences[i]["input_ids"], sequences[i]["depths"]
         prefixes = (depths > 0) & ~np.isin(tokens, list(eos_token_ids))
         prefixes[np.flatnonzero(sequences[i]["segments"] == 0)[-1]] = True  # the prompt
-        drawn = np.random.default_rng([seed, i]).permutation(np.flatnonzero(prefixes))
+        drawn = np.random.default_rng([0, i]).permutation(np.flatnonzero(prefixes))
         positions = np.sort(drawn[:positions_per_sequence])
         batch = {
             name: tensor.to(accelerator.device)
@@ -86,17 +78,6 @@ def add_candidates(
             "candidates": candidates,
             "candidate_log_probs": top.log_softmax(-1),
         }
-        if teachers:
-            of_candidates = []
-            for part, rows in zip(at.split(PART_POSITIONS), candidates.split(PART_POSITIONS)):
-                with accelerator.autocast():
-                    outputs = [
-                        teacher(**batch, candidates=rows[None], candidate_positions=part[None])
-                        for teacher in teachers
-                    ]
-                of_candidates.append(torch.cat([o.candidate_logits[0] for o in outputs], -1))
-            columns["teacher_values"] = torch.cat([o.logits[0] for o in outputs], -1)
-            columns["teacher_candidate_values"] = torch.cat(of_candidates)
         found[i] = {name: column.cpu().numpy() for name, column in columns.items()}
     for part in gather_object([found]):
         for i, arrays in part.items():
@@ -118,7 +99,7 @@ def candidate_differences(
 
     Args:
         model ([`~trimtab.plugins.MAVISValueModel`]):
-            Either head.
+            With a backbone.
         sequences (`list[dict[str, Any]]`):
             What [`add_candidates`] made.
         collate ([`DataCollatorForTrees`]):
@@ -160,7 +141,7 @@ def advantage_slopes(
 
     Args:
         model ([`~trimtab.plugins.MAVISValueModel`]):
-            Either head.
+            With a backbone.
         sequences (`list[dict[str, Any]]`):
             What [`add_candidates`] made of all prefixes of rollouts of the base model, which the
             model has not learnt from.
@@ -180,8 +161,7 @@ def advantage_slopes(
     device = model.head.weight.device
     sums = []  # covariances and variances of a sequence's tokens, [2, n_objectives]
     # Processes do not share the work: where they share the weights they have to go in step.
-    for whole in tqdm(sequences, desc="Advantages of tokens", disable=not progress):
-        sequence = {k: v for k, v in whole.items() if not k.startswith("teacher_")}
+    for sequence in tqdm(sequences, desc="Advantages of tokens", disable=not progress):
         positions, labels = sequence["candidate_positions"], sequence["labels"]
         taken = np.flatnonzero((sequence["depths"] > 0) & ~np.isnan(labels).all(-1))
         prefixes = np.searchsorted(positions, sequence["previous"][taken])

@@ -34,12 +34,11 @@ class MAVISConfig(TrainingArguments):
             kept.
         head_type (`str`, *optional*, defaults to `"state"`):
             Head of the value model, used when `model` is a string. `"state"` reads a candidate's
-            value at the candidate's own position. `"action"` reads the values of all candidates at
-            the prefix, so that a decoding step costs one token instead of `top_k + 1`. `"hidden"`
-            reads them from the base model's own hidden state, without a backbone.
-        action_rank (`int`, *optional*):
-            Rank of an action head's projections, used when `model` is a string. If `None`, it
-            defaults to `128`, with `head_type="hidden"` to `32`.
+            value at the candidate's own position. `"hidden"` reads the values of all candidates
+            from the base model's own hidden state, without a backbone.
+        action_rank (`int`, *optional*, defaults to `32`):
+            Rank of the projections of heads on the base model's hidden state, used when `model` is
+            a string.
         train_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to train the token embedding. Few of its rows are seen in the rollouts, and with
             a small backbone it holds most of the parameters.
@@ -117,10 +116,6 @@ class MAVISConfig(TrainingArguments):
 
         leaf_fraction (`float`, *optional*, defaults to `0.5`):
             Fraction of the bottom layer of every tree to train on, which would outnumber the rest.
-        sibling_weight (`float`, *optional*, defaults to `1.0`):
-            Weight, in an action head's loss, of the error in the differences between siblings that
-            begin with different tokens. Only differences between the candidates of one prefix
-            guide.
         gae_lambda (`float`, *optional*, defaults to `0.5`):
             With `head_type="hidden"`, what advantages are learnt from: 1 for the rewards of the
             finished responses alone, 0 for the predicted value of the next token, which is less
@@ -197,18 +192,16 @@ class MAVISConfig(TrainingArguments):
         default="state",
         metadata={
             "help": "Head of the value model, used when `model` is a string. `'state'` reads a "
-            "candidate's value at the candidate's own position. `'action'` reads the values of all "
-            "candidates at the prefix, so that a decoding step costs one token instead of "
-            "`top_k + 1`. `'hidden'` reads them from the base model's own hidden state, without a "
-            "backbone.",
-            "choices": ["state", "action", "hidden"],
+            "candidate's value at the candidate's own position. `'hidden'` reads the values of all "
+            "candidates from the base model's own hidden state, without a backbone.",
+            "choices": ["state", "hidden"],
         },
     )
-    action_rank: int | None = field(
-        default=None,
+    action_rank: int = field(
+        default=32,
         metadata={
-            "help": "Rank of an action head's projections, used when `model` is a string. If "
-            "`None`, it defaults to `128`, with `head_type='hidden'` to `32`."
+            "help": "Rank of the projections of heads on the base model's hidden state, used when "
+            "`model` is a string."
         },
     )
     train_embeddings: bool = field(
@@ -368,14 +361,6 @@ class MAVISConfig(TrainingArguments):
             "the rest."
         },
     )
-    sibling_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight, in an action head's loss, of the error in the differences between "
-            "siblings that begin with different tokens. Only differences between the candidates of "
-            "one prefix guide."
-        },
-    )
     gae_lambda: float = field(
         default=0.5,
         metadata={
@@ -398,7 +383,6 @@ class MAVISConfig(TrainingArguments):
         for name, default in (
             ("learning_rate", 1e-3 if heads else 2e-4),
             ("num_train_epochs", 3.0 if heads else 2.0),
-            ("action_rank", 32 if heads else 128),
         ):
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -453,7 +437,5 @@ class MAVISConfig(TrainingArguments):
             )
         if not 0 <= self.gae_lambda <= 1:
             raise ValueError(f"`gae_lambda` must be within 0 and 1, got {self.gae_lambda}")
-        if not self.sibling_weight >= 0:
-            raise ValueError(f"`sibling_weight` must not be negative, got {self.sibling_weight}")
         if not 0 <= self.leaf_fraction <= 1:
             raise ValueError(f"`leaf_fraction` must be within 0 and 1, got {self.leaf_fraction}")

@@ -87,184 +87,7 @@ logger = logging.get_logger(__name__)
 QUARTERS = 4  # of a response, for the metrics by depth
 
 
-class ValueModelTrainer(Trainer):
-    """What the trainers of value models have in common: what they log and what they save."""
-
-    loss_is_scaled_for_ga = False
-
-    # Wider in `Trainer`
-    args: Any
-    model: Any
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
-
-    value_config: Any  # of the model that is trained
-    base_model: str
-    _metrics: dict[str, Any]  # by mode
-    _run: RunState
-    _inputs: dict[str, Any]  # what the training that runs is made from
-    _trainings = 0  # that this trainer has begun
-
-    @functools.cached_property
-    def _base_weights(self) -> str:
-        return weights_fingerprint(self.base_model, self.args.model_init_kwargs)
-
-    @functools.cached_property
-    def _first_weights(self) -> str:
-        """Of the model as it was given, or made from the base model."""
-        return state_fingerprint(self.model)
-
-    def _begin_run(self) -> dict[str, Any]:
-        """What all iterations of this call of `train` are made from."""
-        start = self._first_weights
-        if self._trainings:
-            start = f"{start}, trained {self._trainings} times before"
-        self._run = RunState.read(self.args.output_dir)
-        self.accelerator.wait_for_everyone()  # before one of the processes writes it
-        self._trainings += 1
-        inputs: dict[str, Any] = {
-            "arguments": arguments_of(self.args),
-            "base model": self._base_weights,
-            "start": start,
-        }
-        for adapter in getattr(self.model, "peft_config", {}).values():
-            fields = json.loads(json.dumps(adapter.to_dict(), default=sorted_text))
-            for name in ("base_model_name_or_path", "auto_mapping", "peft_version"):
-                fields.pop(name, None)  # the same weights may be elsewhere
-            inputs["adapter"] = fields
-        return inputs
-
-    def _train_once(
-        self, iteration: int, resume: str | bool | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Trains as [`~transformers.Trainer`] does; what it resumes had the same inputs."""
-        before = self._run.entry(iteration)
-        changed = self._changed(before["inputs"]) if before else []
-        checkpoint = None
-        if resume and changed:
-            self._refuse_to_resume(changed)
-        if resume and (before or not self._run.iterations):
-            checkpoint = self._checkpoint(resume, known=before is not None)
-        if changed:
-            logger.warning(
-                f"{self.args.output_dir!r} holds an earlier run, and {'; '.join(changed)}: what "
-                "that run trained is not used, and is replaced"
-            )
-        self._run.begin(iteration, self._inputs, self.is_world_process_zero())
-        return Trainer.train(self, checkpoint, *args, **kwargs)
-
-    def _changed(self, inputs: Mapping[str, Any]) -> list[str]:
-        fields = dataclasses.fields(self.args)
-        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        return differences(inputs, self._inputs, defaults)
-
-    def _refuse_to_resume(self, changed: Sequence[str]) -> None:
-        raise ValueError(
-            f"what {self.args.output_dir!r} holds cannot be resumed: {'; '.join(changed)}. Give "
-            "what it was made with, or another `output_dir`; without `resume_from_checkpoint` it "
-            "is trained anew, from the rollouts that are there"
-        )
-
-    def _checkpoint(self, resume: str | bool, known: bool) -> str | None:
-        """
-        The checkpoint to go on with: the one given, or the last complete one of the same inputs.
-        `known` says that this run has begun before, so that others are left by an earlier one.
-        """
-        run_dir, given = self._get_output_dir(None), isinstance(resume, str)
-        others: list[str] = []
-        for folder in [Path(resume)] if isinstance(resume, str) else checkpoints(Path(run_dir)):
-            problem = checkpoint_problem(folder, not self.args.save_only_model)
-            if problem and given:
-                raise ValueError(
-                    f"the checkpoint {resume!r} is not complete, {problem}; give another one, or "
-                    "`resume_from_checkpoint=True`, which takes the last complete one"
-                )
-            stamp = folder / INPUTS
-            changed = ["it does not say what it was made from"]
-            if stamp.exists() and not problem:
-                changed = self._changed(json.loads(stamp.read_text()))
-            elif given:
-                logger.warning(
-                    f"{resume!r} does not say what it was made from: whether it belongs to these "
-                    "rollouts and arguments cannot be checked"
-                )
-                changed = []
-            if not problem and not changed:
-                return str(folder)
-            if not problem and (given or not known):
-                others = others or changed
-            else:
-                logger.warning(f"{str(folder)!r} is skipped: {problem or '; '.join(changed)}")
-        if others:
-            self._refuse_to_resume(others)
-        logger.warning(f"no checkpoint in {run_dir!r} yet: training begins")
-        return None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if self._metrics[mode].sums is not None:
-            metrics = self._metrics[mode].compute(self.accelerator)
-            logs.update({f"eval_{k}": v for k, v in metrics.items()} if mode == "eval" else metrics)
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            super()._save(str(folder), state_dict=state_dict)
-            if self.args.should_save:
-                write_json(folder / INPUTS, self._inputs)
-        elif self.args.should_save:  # transformers 5.23 calls this in every process
-            self._save_value_model(folder, state_dict)
-
-    def _save_value_model(self, folder: Path, state_dict: dict | None) -> None:
-        """Saves a value model or its adapter, and the tokenizer, without pickled arguments."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if is_peft_model(model) and not getattr(self.args, "merge_adapter", True):
-            self.value_config.save_pretrained(folder)
-        elif is_peft_model(model):
-            model, state_dict = copy.deepcopy(model).merge_and_unload(), None
-        model.save_pretrained(folder, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
-
-    @contextmanager
-    def _hub_folder(self) -> Any:
-        """`output_dir` is a folder of its own: a push takes all of it, rollouts too."""
-        folder = self.args.output_dir
-        self.args.output_dir = str(Path(folder) / "_hub")
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        try:
-            yield
-        finally:
-            self.args.output_dir = folder
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Uploads the value model, its tokenizer and its card; not the rollouts in `output_dir`.
-        Arguments are those of [`~transformers.Trainer.push_to_hub`].
-        """
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token)
-        with self._hub_folder():
-            return super().push_to_hub(commit_message, blocking, token, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        with self._hub_folder():
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
-        if self.is_world_process_zero():
-            (Path(self.args.output_dir) / "README.md").write_text(model_card(self.value_config))
-
-
-class MAVISTrainer(ValueModelTrainer):
+class MAVISTrainer(Trainer):
     """
     Trainer for the value models of MAVIS (multi-objective alignment by value-guided decoding,
     [arXiv 2508.13415](https://huggingface.co/papers/2508.13415)).
@@ -334,6 +157,22 @@ class MAVISTrainer(ValueModelTrainer):
             `args.merge_adapter` is `False`.
     """
 
+    loss_is_scaled_for_ga = False
+
+    # Wider in `Trainer`
+    args: Any
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    value_config: Any  # of the model that is trained
+    base_model: str
+    _metrics: dict[str, Any]  # by mode
+    _run: RunState
+    _inputs: dict[str, Any]  # what the training that runs is made from
+    _trainings = 0  # that this trainer has begun
+
     def __init__(
         self,
         model: str | MAVISValueModel,
@@ -395,15 +234,15 @@ class MAVISTrainer(ValueModelTrainer):
             new_model: Any = functools.partial(
                 MAVISValueModel.from_base_model,
                 num_hidden_layers=args.num_hidden_layers,
-                head_type=args.head_type,
             )
             if args.head_type == "hidden":
-                new_model = MAVISValueHeads.from_base_model
+                new_model = functools.partial(
+                    MAVISValueHeads.from_base_model, action_rank=args.action_rank
+                )
             value_model = new_model(
                 load_base_model(model, args),
                 self.objectives,
                 tokenizer=processing_class,
-                action_rank=args.action_rank,
             )
         elif list(value_model.config.objectives or []) != self.objectives:
             raise ValueError(
@@ -806,6 +645,101 @@ class MAVISTrainer(ValueModelTrainer):
             self._measure_candidate_range()
         return output
 
+    @functools.cached_property
+    def _base_weights(self) -> str:
+        return weights_fingerprint(self.base_model, self.args.model_init_kwargs)
+
+    @functools.cached_property
+    def _first_weights(self) -> str:
+        """Of the model as it was given, or made from the base model."""
+        return state_fingerprint(self.model)
+
+    def _begin_run(self) -> dict[str, Any]:
+        """What all iterations of this call of `train` are made from."""
+        start = self._first_weights
+        if self._trainings:
+            start = f"{start}, trained {self._trainings} times before"
+        self._run = RunState.read(self.args.output_dir)
+        self.accelerator.wait_for_everyone()  # before one of the processes writes it
+        self._trainings += 1
+        inputs: dict[str, Any] = {
+            "arguments": arguments_of(self.args),
+            "base model": self._base_weights,
+            "start": start,
+        }
+        for adapter in getattr(self.model, "peft_config", {}).values():
+            fields = json.loads(json.dumps(adapter.to_dict(), default=sorted_text))
+            for name in ("base_model_name_or_path", "auto_mapping", "peft_version"):
+                fields.pop(name, None)  # the same weights may be elsewhere
+            inputs["adapter"] = fields
+        return inputs
+
+    def _train_once(
+        self, iteration: int, resume: str | bool | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trains as [`~transformers.Trainer`] does; what it resumes had the same inputs."""
+        before = self._run.entry(iteration)
+        changed = self._changed(before["inputs"]) if before else []
+        checkpoint = None
+        if resume and changed:
+            self._refuse_to_resume(changed)
+        if resume and (before or not self._run.iterations):
+            checkpoint = self._checkpoint(resume, known=before is not None)
+        if changed:
+            logger.warning(
+                f"{self.args.output_dir!r} holds an earlier run, and {'; '.join(changed)}: what "
+                "that run trained is not used, and is replaced"
+            )
+        self._run.begin(iteration, self._inputs, self.is_world_process_zero())
+        return Trainer.train(self, checkpoint, *args, **kwargs)
+
+    def _changed(self, inputs: Mapping[str, Any]) -> list[str]:
+        fields = dataclasses.fields(self.args)
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        return differences(inputs, self._inputs, defaults)
+
+    def _refuse_to_resume(self, changed: Sequence[str]) -> None:
+        raise ValueError(
+            f"what {self.args.output_dir!r} holds cannot be resumed: {'; '.join(changed)}. Give "
+            "what it was made with, or another `output_dir`; without `resume_from_checkpoint` it "
+            "is trained anew, from the rollouts that are there"
+        )
+
+    def _checkpoint(self, resume: str | bool, known: bool) -> str | None:
+        """
+        The checkpoint to go on with: the one given, or the last complete one of the same inputs.
+        `known` says that this run has begun before, so that others are left by an earlier one.
+        """
+        run_dir, given = self._get_output_dir(None), isinstance(resume, str)
+        others: list[str] = []
+        for folder in [Path(resume)] if isinstance(resume, str) else checkpoints(Path(run_dir)):
+            problem = checkpoint_problem(folder, not self.args.save_only_model)
+            if problem and given:
+                raise ValueError(
+                    f"the checkpoint {resume!r} is not complete, {problem}; give another one, or "
+                    "`resume_from_checkpoint=True`, which takes the last complete one"
+                )
+            stamp = folder / INPUTS
+            changed = ["it does not say what it was made from"]
+            if stamp.exists() and not problem:
+                changed = self._changed(json.loads(stamp.read_text()))
+            elif given:
+                logger.warning(
+                    f"{resume!r} does not say what it was made from: whether it belongs to these "
+                    "rollouts and arguments cannot be checked"
+                )
+                changed = []
+            if not problem and not changed:
+                return str(folder)
+            if not problem and (given or not known):
+                others = others or changed
+            else:
+                logger.warning(f"{str(folder)!r} is skipped: {problem or '; '.join(changed)}")
+        if others:
+            self._refuse_to_resume(others)
+        logger.warning(f"no checkpoint in {run_dir!r} yet: training begins")
+        return None
+
     def _data(self) -> dict[str, Any]:
         """What the iteration learns from, of [`RunState`]'s inputs."""
         data = {"rollouts": trees_fingerprint(self._trees)}
@@ -899,7 +833,13 @@ class MAVISTrainer(ValueModelTrainer):
         # Copies: the candidates are not for the training that may go on.
         sequences = [dict(s) for s in self.train_dataset.sequences[:RANGE_SEQUENCES]]
         self._add_candidates(sequences, RANGE_POSITIONS)
-        set_candidate_range(self, sequences)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with self.accelerator.autocast():
+            ranges = candidate_differences(model, sequences, self.data_collator).float()
+        self.value_config.candidate_range = ranges.amax(0).tolist()
+        levels = torch.tensor([0.5, 0.99, 1.0], device=ranges.device)
+        for name, row in zip(self.objectives, torch.quantile(ranges, levels, dim=0).T.tolist()):
+            self.log({f"candidate_range/{name}/{p}": x for p, x in zip((50, 99, 100), row)})
 
     def load_base_model(self) -> PreTrainedModel:
         """The base model, in the precision that it was saved in unless `args` says otherwise."""
@@ -909,7 +849,6 @@ class MAVISTrainer(ValueModelTrainer):
         add_candidates(
             sequences,
             self.load_base_model(),
-            [],
             self.data_collator,
             self.value_config.top_k,
             positions,
@@ -918,6 +857,10 @@ class MAVISTrainer(ValueModelTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if self._metrics[mode].sums is not None:
+            metrics = self._metrics[mode].compute(self.accelerator)
+            logs.update({f"eval_{k}": v for k, v in metrics.items()} if mode == "eval" else metrics)
         if self.args.num_iterations > 1:
             logs["iteration"] = self._iteration
         super().log(logs, start_time)
@@ -946,18 +889,10 @@ class MAVISTrainer(ValueModelTrainer):
         if self._heads is not None:
             loss, outputs = self._heads.compute_loss(model, inputs)
             return (loss, outputs) if return_outputs else loss
-        action = self.value_config.head_type == "action"
-        taken = {}
-        if action:  # every token is a candidate after the one before it on its branch
-            taken = {
-                "candidates": inputs["input_ids"][..., None],
-                "candidate_positions": inputs["previous"],
-            }
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             position_ids=inputs["position_ids"],
-            **taken,
         )
         values, labels = outputs.logits, inputs["labels"]
         known = ~labels.isnan()
@@ -966,15 +901,10 @@ class MAVISTrainer(ValueModelTrainer):
         first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
         tokens = inputs["input_ids"].flatten()
         distinct = tokens[first_a] != tokens[first_b]
-        flat = first = values.flatten(0, 1)
-        if action:
-            loss = loss + self._action_loss(outputs, inputs, known, distinct)
-            first = outputs.candidate_logits.flatten(0, 2)
+        flat = values.flatten(0, 1)
         with torch.no_grad():
             # [2, n_pairs, n_objectives]
-            differences = torch.stack(
-                [first[first_a] - first[first_b], flat[last_a] - flat[last_b]]
-            )
+            differences = torch.stack([flat[first_a] - flat[first_b], flat[last_a] - flat[last_b]])
             labelled = known.any(-1)
             self._metrics["train" if self.model.training else "eval"].add(
                 values[labelled],
@@ -987,27 +917,60 @@ class MAVISTrainer(ValueModelTrainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    def _action_loss(
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            super()._save(str(folder), state_dict=state_dict)
+            if self.args.should_save:
+                write_json(folder / INPUTS, self._inputs)
+        elif self.args.should_save:  # transformers 5.23 calls this in every process
+            self._save_value_model(folder, state_dict)
+
+    def _save_value_model(self, folder: Path, state_dict: dict | None) -> None:
+        """Saves a value model or its adapter, and the tokenizer, without pickled arguments."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if is_peft_model(model) and not self.args.merge_adapter:
+            self.value_config.save_pretrained(folder)
+        elif is_peft_model(model):
+            model, state_dict = copy.deepcopy(model).merge_and_unload(), None
+        model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
+    @contextmanager
+    def _hub_folder(self) -> Any:
+        """`output_dir` is a folder of its own: a push takes all of it, rollouts too."""
+        folder = self.args.output_dir
+        self.args.output_dir = str(Path(folder) / "_hub")
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            self.args.output_dir = folder
+
+    def push_to_hub(  # type: ignore[override]
         self,
-        outputs: Any,
-        inputs: dict[str, torch.Tensor],
-        known: torch.Tensor,
-        distinct: torch.Tensor,
-    ) -> torch.Tensor:
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """
-        `mean (Q(s, a) - label)^2` over the taken actions, plus `sibling_weight` times the mean over
-        siblings `a`, `b` after the same prefix of `(Q(s, a) - Q(s, b) - difference of labels)^2`.
+        Uploads the value model, its tokenizer and its card; not the rollouts in `output_dir`.
+        Arguments are those of [`~transformers.Trainer.push_to_hub`].
         """
-        taken = outputs.candidate_logits.flatten(2, 3)  # [batch, length, n_objectives]
-        known = known & (inputs["depths"] > 0)[..., None]  # not at the prompt's last token
-        loss = (taken[known] - inputs["labels"][known]).square().mean()
-        first_a, first_b = inputs["siblings"][distinct, :2].unbind(-1)
-        if self.args.sibling_weight and len(first_a):
-            flat = taken.flatten(0, 1)
-            error = flat[first_a] - flat[first_b] - inputs["sibling_labels"][distinct, 0]
-            error = error[~error.isnan()]
-            loss = loss + self.args.sibling_weight * error.square().mean()
-        return loss
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        with self._hub_folder():
+            return super().push_to_hub(commit_message, blocking, token, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self._hub_folder():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
+        if self.is_world_process_zero():
+            (Path(self.args.output_dir) / "README.md").write_text(model_card(self.value_config))
 
 
 class ValueMetrics:
@@ -1198,17 +1161,6 @@ def check_tree_attention(trainer: Any, sequences: list[dict[str, Any]]) -> None:
             f"the mask of a tree (relative error {error:.2g}), so it cannot be trained on "
             "trees; use a backbone with full attention"
         )
-
-
-def set_candidate_range(trainer: Any, sequences: list[dict[str, Any]]) -> None:
-    """Measures the model's `candidate_range` on sequences that have candidates, and logs it."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    with trainer.accelerator.autocast():
-        ranges = candidate_differences(model, sequences, trainer.data_collator).float()
-    trainer.value_config.candidate_range = ranges.amax(0).tolist()
-    levels = torch.tensor([0.5, 0.99, 1.0], device=ranges.device)
-    for name, row in zip(trainer.objectives, torch.quantile(ranges, levels, dim=0).T.tolist()):
-        trainer.log({f"candidate_range/{name}/{p}": x for p, x in zip((50, 99, 100), row)})
 
 
 def wrap_backbone(model: MAVISValueModel, peft_config: PeftConfig) -> Any:

@@ -17,13 +17,7 @@ from torch.utils.data import Dataset
 
 from .rollouts import Tree
 
-CANDIDATE_COLUMNS = (
-    "candidate_positions",
-    "candidates",
-    "candidate_log_probs",
-    "teacher_values",
-    "teacher_candidate_values",
-)
+CANDIDATE_COLUMNS = ("candidate_positions", "candidates", "candidate_log_probs")
 
 
 def keep_leaves(tree: Tree, fraction: float, seed: int) -> set[int]:
@@ -228,7 +222,6 @@ class DataCollatorForTrees:
         input_ids = torch.full((batch, length), self.pad_token_id)
         position_ids = torch.zeros(batch, length, dtype=torch.int64)
         depths = torch.zeros(batch, length, dtype=torch.int64)
-        previous = torch.zeros(batch, length, dtype=torch.int64)
         labels = torch.full((batch, length, objectives), torch.nan)
         mask = torch.eye(length, dtype=torch.bool).repeat(batch, 1, 1)  # no row without a key
         siblings, sibling_labels = [], []
@@ -237,7 +230,6 @@ class DataCollatorForTrees:
             input_ids[i, :n] = torch.from_numpy(sequence["input_ids"])
             position_ids[i, :n] = torch.from_numpy(sequence["position_ids"])
             depths[i, :n] = torch.from_numpy(sequence["depths"])
-            previous[i, :n] = torch.from_numpy(sequence["previous"])
             labels[i, :n] = torch.from_numpy(sequence["labels"])
             mask[i, :n, :n] = branch_mask(sequence["segments"], sequence["parents"])
             siblings.append(torch.from_numpy(sequence["siblings"]) + i * length)
@@ -254,18 +246,13 @@ class DataCollatorForTrees:
                     [torch.from_numpy(sequence[name]) for sequence in sequences], batch_first=True
                 )
                 for name in CANDIDATE_COLUMNS
-                if name in sequences[0]
             }
-            counts = torch.tensor([len(s["candidates"]) for s in sequences])
-            ranks = torch.arange(int(counts.max()))
-            candidates["candidate_known"] = ranks < counts[:, None]
         return {
             **candidates,
             "input_ids": input_ids,
             "position_ids": position_ids,
             "attention_mask": attention_mask,  # [batch, 1, length, length]
             "depths": depths,
-            "previous": previous,
             "labels": labels,
             "siblings": torch.cat(siblings),  # into the flattened batch
             "sibling_labels": torch.cat(sibling_labels),

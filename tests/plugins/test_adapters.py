@@ -16,14 +16,11 @@ from trimtab.plugins import MAVISValueModel, ValueEngine
 from trimtab.plugins.adapters import load_value_models
 
 
-def save_adapter(folder, base, objectives, seed, head_type="state", **options):
+def save_adapter(folder, base, objectives, seed, **options):
     """An adapter with random weights, and the merged model."""
-    model = MAVISValueModel.from_base_model(
-        str(base), objectives, num_hidden_layers=2, head_type=head_type, action_rank=8
-    )
-    heads = [name for name, _ in model.named_children() if name != "backbone"]
+    model = MAVISValueModel.from_base_model(str(base), objectives, num_hidden_layers=2)
     options = {"target_modules": ["q_proj", "v_proj", "down_proj"], **options}
-    adapted = get_peft_model(model, LoraConfig(modules_to_save=heads, **options))
+    adapted = get_peft_model(model, LoraConfig(modules_to_save=["head"], **options))
     torch.manual_seed(seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -33,15 +30,12 @@ def save_adapter(folder, base, objectives, seed, head_type="state", **options):
     return adapted.merge_and_unload().eval()
 
 
-@pytest.mark.parametrize("head_type", ["state", "action"])
-def test_adapters_in_one_batch_agree_with_each_alone(tmp_path, base_model, value_model, head_type):
+def test_adapters_in_one_batch_agree_with_each_alone(tmp_path, base_model, value_model):
     merged = [
-        save_adapter(tmp_path / "a", base_model, ["a"], 1, head_type, r=4),
+        save_adapter(tmp_path / "a", base_model, ["a"], 1, r=4),
         MAVISValueModel.load(str(value_model)).eval(),
-        save_adapter(tmp_path / "b", base_model, ["b", "c"], 2, head_type, r=2, lora_alpha=9),
-        save_adapter(
-            tmp_path / "d", base_model, ["d"], 3, head_type, r=3, target_modules=["k_proj"]
-        ),
+        save_adapter(tmp_path / "b", base_model, ["b", "c"], 2, r=2, lora_alpha=9),
+        save_adapter(tmp_path / "d", base_model, ["d"], 3, r=3, target_modules=["k_proj"]),
     ]
     paths = [str(p) for p in (tmp_path / "a", value_model, tmp_path / "b", tmp_path / "d")]
     models = load_value_models(paths, torch.float32)

@@ -68,20 +68,7 @@ def plain(model: MAVISValueModel) -> MAVISValueModel:
 @torch.no_grad()
 def full_forward(models, prefix, candidates) -> torch.Tensor:
     tokens = torch.tensor([[*prefix, c] for c in candidates])
-    values = []
-    for model in models:
-        if model.config.head_type == "action":
-            last = torch.tensor([[len(prefix) - 1]])
-            values.append(
-                model(
-                    torch.tensor([prefix]),
-                    candidates=torch.as_tensor(candidates).view(1, 1, -1),
-                    candidate_positions=last,
-                ).candidate_logits[0, 0]
-            )
-        else:
-            values.append(model(tokens).logits[:, -1])
-    return torch.cat(values, dim=1)
+    return torch.cat([model(tokens).logits[:, -1] for model in models], dim=1)
 
 
 def engine_values(engine, sequences, slots, candidates, counts=None):
@@ -98,7 +85,7 @@ def engine_values(engine, sequences, slots, candidates, counts=None):
 MODELS = [
     make_model("llama", ("a", "b")),
     make_model("mistral sliding", ("c",), seed=1),
-    make_model("llama", ("d", "e"), seed=2, head_type="action", action_rank=6),
+    make_model("llama", ("d", "e"), seed=2),
 ]
 PLAIN = [plain(model) for model in MODELS]
 TOKEN_BYTES = 3 * 2 * 2 * 8 * 4 * len(MODELS)
@@ -287,7 +274,7 @@ def test_half_precision_stays_near_float32(dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_agrees_with_a_full_forward():
-    models = [make_model(), make_model("qwen3", ("c",), head_type="action", action_rank=6)]
+    models = [make_model(), make_model("qwen3", ("c",))]
     references = list(map(plain, models))
     engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH, device="cuda")
     rng = np.random.default_rng(0)
@@ -386,9 +373,8 @@ def test_a_prefix_in_common_is_computed_once():
     assert prefilled_tokens(engine, {4: [9] * 82}, [4]) == 81
 
 
-@pytest.mark.parametrize("head_type", ["state", "action"])
-def test_counts_bound_what_is_computed(head_type):
-    engine = ValueEngine([make_model(head_type=head_type)], num_slots=3, max_length=MAX_LENGTH)
+def test_counts_bound_what_is_computed():
+    engine = ValueEngine([make_model()], num_slots=3, max_length=MAX_LENGTH)
     seen = []
     run = engine._run
     engine._run = lambda families, tokens, step: (
@@ -397,7 +383,7 @@ def test_counts_bound_what_is_computed(head_type):
     )[1]
     sequences = {0: [5], 1: [6], 2: [7]}
     engine_values(engine, sequences, [0, 1, 2], [[1, 2, 3]] * 3, np.array([1, 3, 2]))
-    assert seen == [3 if head_type == "action" else 3 + 6]
+    assert seen == [3 + 6]
 
 
 def test_positions_stay_exact_in_half_precision():

@@ -58,13 +58,12 @@ def kernels(request, monkeypatch):
     return None
 
 
-@pytest.mark.parametrize("head_type", ["state", "action"])
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_layers_give_the_values_of_unfused_ones(monkeypatch, kernels, name, head_type, dtype):
+def test_fused_layers_give_the_values_of_unfused_ones(monkeypatch, kernels, name, dtype):
     monkeypatch.setattr("trimtab.plugins.fusion.MLP_ROWS_CPU", 7)
     options = {"hidden_size": 64, "head_dim": 32} if kernels else {}
-    model = random_weights(make_model(name, head_type=head_type, options=options))
+    model = random_weights(make_model(name, options=options))
     unfused, exact = copy.deepcopy(model), copy.deepcopy(model)
     options = {"num_slots": 3, "max_length": MAX_LENGTH, "prefill_tokens": 16}
     engine = ValueEngine([model], dtype=dtype, **options)

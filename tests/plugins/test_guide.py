@@ -1,4 +1,4 @@
-"""Pruning and reranking in the guide: what of the policy they may change."""
+"""Pruning in the guide: what of the policy it may change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.plugins.test_engine import MAX_LENGTH, VOCAB, full_forward, make_model, plain
+from tests.plugins.test_engine import MAX_LENGTH, VOCAB, make_model
 from trimtab.plugins import GuidanceParams, ValueEngine
 from trimtab.plugins.guide import Guide
 
@@ -67,14 +67,8 @@ def test_at_eps_zero_masked_tokens_cost_nothing_and_change_nothing(logits):
     logits[1, 10:] = -torch.inf
     policy, guide = guided(0.0, logits, PARAMS)
     assert guide.candidates == 1 + 10 + 7
-    alone, _ = guided(0.0, logits, PARAMS, head_type="state", candidate_range=[0.0, 0.0])
+    alone, _ = guided(0.0, logits, PARAMS, candidate_range=[0.0, 0.0])
     assert policy[0, 9] == 1 and torch.equal(policy, alone)
-
-
-def test_an_action_head_is_not_pruned(logits):
-    range_ = [0.1, 0.1]
-    _, guide = guided(0.02, logits, PARAMS, head_type="action", candidate_range=range_)
-    assert guide.candidates == 20 + 20 + 7
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.02])
@@ -98,71 +92,18 @@ def test_pruning_without_a_known_range_is_refused(logits):
         guided(1, logits, PARAMS)
 
 
-ACTION = {"head_type": "action", "action_rank": 6}
-
-
-def expected_policies(models, logits, params, rerank):
-    """One row after the other, from full forward passes."""
-    policies = torch.zeros(len(params), VOCAB)
-    with torch.no_grad():
-        for row, (prefix, one) in enumerate(zip(PREFIXES.values(), params)):
-            reference, candidates = logits[row].topk(one.top_k)
-            reference = reference.log_softmax(0)
-            columns = [full_forward([model], prefix, candidates.tolist()) for model in models]
-            weights = torch.tensor(one.weights, dtype=torch.float32)
-            score = reference + one.beta * torch.cat(columns, 1) @ weights
-            again = score.topk(min(rerank, one.top_k)).indices
-            share = reference[again].softmax(0)
-            continued = torch.tensor([[*prefix, c] for c in candidates[again].tolist()])
-            for model, values in zip(models, columns):
-                if model.config.head_type == "action":
-                    own = model(continued).logits[:, -1]
-                    values += share @ (own - values[again])
-                    values[again] = own
-            score = reference + one.beta * torch.cat(columns, 1) @ weights
-            policies[row, candidates] = score.softmax(0)
-    return policies
-
-
-@pytest.mark.parametrize("rerank", [1, 3, 7])
-@pytest.mark.parametrize("blocks", [None, 3], ids=["room for all", "one after the other"])
-def test_reranked_candidates_have_the_values_of_their_own_position(logits, rerank, blocks):
-    models = [
-        make_model("llama", ("a", "b"), **ACTION),
-        make_model("mistral sliding", ("c",), seed=1),
-        make_model("llama", ("d",), seed=2, **ACTION),
-    ]
-    params = [
-        GuidanceParams(weights, beta=0.2, top_k=top_k)
-        for weights, top_k in (((1, 0.5, 0, 1), 20), ((-1, 0, 2, 0), 20), ((0, 1, 1, -1), 7))
-    ]
-    expected = expected_policies([plain(m) for m in models], logits, params, rerank)
-    token = 3 * 2 * 2 * 8 * 4 * len(models)  # bytes
-    memory = None if blocks is None else (1 + blocks) * 32 * token
-    engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH, kv_cache_memory=memory)
-    guide = Guide(engine, 3, rerank=rerank)
-    for slot, one in enumerate(params):
-        guide.start(slot, one)
-    for _ in range(2):  # prefixes that are new, and that are known
-        torch.testing.assert_close(policies_of(guide, logits), expected, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "fields, rerank", [({}, 0), (ACTION, 0), (ACTION, 3)], ids=["state", "action", "reranked"]
-)
-def test_a_step_never_waits_for_the_device(fields, rerank, monkeypatch):
+def test_a_step_never_waits_for_the_device(monkeypatch):
     """A meta device holds no data, so that reading any of it back is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # it has none
     monkeypatch.setattr("trimtab.plugins.fusion.vllm_kernels", lambda: None)  # nor has it these
-    models = [make_model("llama", ("a", "b"), **fields), make_model("gemma2 softcap", ("c",))]
+    models = [make_model("llama", ("a", "b")), make_model("gemma2 softcap", ("c",))]
     engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH)
     meta = engine.device = torch.device("meta")
     for model in models:
         model.to(meta)
         model.backbone.to(meta)
     engine._stores = [[layer.to(meta) for layer in store] for store in engine._stores]
-    engine._action_tables = [t if t is None else t.to(meta) for t in engine._action_tables]
-    guide = Guide(engine, 3, rerank=rerank)
+    guide = Guide(engine, 3)
     for slot in range(3):
         guide.start(slot, GuidanceParams((1, 0.5, 1), top_k=7 + slot, kl_budget=0.1 * (1 + slot)))
     rows, lengths = np.array([0, 2]), np.array([5, 40])
@@ -172,11 +113,3 @@ def test_a_step_never_waits_for_the_device(fields, rerank, monkeypatch):
         history = lambda slot, start, stop: [1] * (stop - start)  # noqa: E731
         assert guide.apply(logits, rows, rows, lengths, tokens, history).device == meta
         lengths = lengths + 1
-
-
-def test_reranking_where_there_is_nothing_to_rerank_is_refused():
-    engine = ValueEngine([make_model()], num_slots=1, max_length=MAX_LENGTH)
-    with pytest.raises(ValueError, match="rerank 4 is for action heads, and no value model has"):
-        Guide(engine, 1, rerank=4)
-    with pytest.raises(ValueError, match="rerank must not be negative, got -1"):
-        Guide(engine, 1, rerank=-1)

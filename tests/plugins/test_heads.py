@@ -282,7 +282,7 @@ def test_a_copy_of_other_precision_and_sharding_is_the_same_checkpoint(tmp_path,
     ("options", "message"),
     [
         ({}, "pass it as MAVISLogitsProcessor"),
-        ({"model": "base", "rerank": 2}, "rerank 2 and prune_eps 0.0 are for value models with"),
+        ({"model": "base", "prune_eps": 0.1}, "prune_eps 0.1 is for value models with a backbone"),
         ({"model": "base", "mixed": True}, "do not guide together with value models that have a"),
     ],
 )

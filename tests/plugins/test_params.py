@@ -184,13 +184,13 @@ CONFIGS = [
     ({"top_k": 2.5}, "top_k"),
     ({"max_top_k": 0}, "max_top_k"),
     ({"max_top_k": 2.5}, "max_top_k"),
-    ({"rerank": 2.5}, "rerank"),
     ({"kl_budget": 0}, "kl_budget must be .*leave it out for no limit"),
     ({"prune_eps": 1.5}, "prune_eps"),
     ({"prune_eps": "0.1"}, "prune_eps"),
     ({"kv_cache_memory_gib": 0}, "kv_cache_memory_gib"),
     ({"dtype": "int8"}, "dtype must be one of"),
     ({"betta": 1}, "unknown key 'betta'.*beta"),
+    ({"rerank": 8}, "unknown key 'rerank'"),
     ({"x" * 100_000: 1}, "unknown key 'xxx"),
     *[
         ({name: junk}, name)
@@ -201,7 +201,6 @@ CONFIGS = [
             ("kv_cache_memory_gib", ()),
             ("top_k", (None,)),
             ("max_top_k", ()),
-            ("rerank", ()),
             ("dtype", (None,)),
             ("weights", ({},)),
         )

@@ -34,15 +34,8 @@ class Plain:
     @torch.no_grad()
     def values(self, text) -> torch.Tensor:
         """Of the last token at its prefix, `[objectives]`."""
-        ids, found = torch.tensor([text]), []
-        for model in self.value_models:
-            if model.config.head_type == "state":
-                found.append(model(ids).logits[0, -1])
-            else:
-                last = torch.tensor([[len(text) - 2]])
-                output = model(ids[:, :-1], candidates=ids[:, None, -1:], candidate_positions=last)
-                found.append(output.candidate_logits[0, 0, 0])
-        return torch.cat(found).double()
+        ids = torch.tensor([text])
+        return torch.cat([model(ids).logits[0, -1] for model in self.value_models]).double()
 
     def score(self, prompt, response, log_prob, weights, beta) -> float:
         values = self.values(prompt + response)
@@ -98,21 +91,19 @@ def small():
     return small_model(LlamaForCausalLM, config, 0)
 
 
-def small_values(base, head_type):
+def small_values(base):
     """Value models of the small base model: one to search with, one to compute plainly with."""
     torch.manual_seed(1)
     model = MAVISValueModel.from_base_model(
-        base, ["sweet", "sour"], num_hidden_layers=1, head_type=head_type, top_k=SMALL_VOCAB
+        base, ["sweet", "sour"], num_hidden_layers=1, top_k=SMALL_VOCAB
     )
     torch.nn.init.normal_(model.head.weight, std=0.2)
-    if head_type == "action":
-        torch.nn.init.normal_(model.action_query.weight, std=0.2)
     return [model.eval(), copy.deepcopy(model).eval()]
 
 
-@pytest.fixture(scope="module", params=["state", "action"])
-def small_pair(request, small):
-    return small_values(small, request.param)
+@pytest.fixture(scope="module")
+def small_pair(small):
+    return small_values(small)
 
 
 @pytest.mark.parametrize("beta", [0.0, 3.0])
@@ -156,7 +147,7 @@ def test_a_narrow_beam_equals_the_plain_algorithm(small, small_pair, num_beams, 
 
 
 def test_beams_are_ranked_by_scaled_values(small):
-    search, plain = small_values(small, "state")
+    search, plain = small_values(small)
     search.config.candidate_scale = [0.25, 1.0]
     found = beam_search(
         small, SMALL_PROMPTS, value_models=[search], weights=WEIGHTS, beta=2.0,
@@ -189,9 +180,9 @@ LONG = [[3 + i % 90 for i in range(50)] + tail for tail in ([4], [9, 9, 9], [70]
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, LONG], ids=["short", "long"])
-def test_a_batch_of_beams_equals_each_prompt_alone(base, value_model, action_model, prompts):
+def test_a_batch_of_beams_equals_each_prompt_alone(base, value_model, salty_model, prompts):
     asked = {
-        "value_models": [str(value_model), str(action_model)], "weights": [1.0, -0.5, 1.0],
+        "value_models": [str(value_model), str(salty_model)], "weights": [1.0, -0.5, 1.0],
         "beta": 2.0, "num_beams": 3, "max_new_tokens": 14, "top_k": 10,
     }  # fmt: skip
     batch = beam_search(base, *left_padded(prompts), **asked)
@@ -202,17 +193,11 @@ def test_a_batch_of_beams_equals_each_prompt_alone(base, value_model, action_mod
         assert torch.allclose(batch.scores[i], alone.scores[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("head", ["state", "action"])
-def test_best_of_n_ranks_by_the_values_of_a_full_forward(
-    base, plain, value_model, action_model, head
-):
-    folder = {"state": value_model, "action": action_model}[head]
-    if head == "action":
-        plain = Plain(base, [MAVISValueModel.load(str(action_model)).eval()])
-    weights = {"state": [1.0, -0.5], "action": [-1.0]}[head]
+def test_best_of_n_ranks_by_the_values_of_a_full_forward(base, plain, value_model):
+    weights = [1.0, -0.5]
     torch.manual_seed(0)
     found = best_of_n(
-        base, *left_padded(PROMPTS), n=6, value_models=[str(folder)], weights=weights,
+        base, *left_padded(PROMPTS), n=6, value_models=[str(value_model)], weights=weights,
         max_new_tokens=8, top_k=20,
     )  # fmt: skip
     for i, prompt in enumerate(PROMPTS):

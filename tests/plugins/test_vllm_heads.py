@@ -168,8 +168,8 @@ def test_a_server_in_which_heads_would_read_wrong_rows_does_not_start(
     only = {"value_models": [str(heads)]}
     with pytest.raises(ValueError, match="has other weights: heads read the hidden states of one"):
         v1_processor(other, only)
-    with pytest.raises(ValueError, match="rerank is for value models with a backbone"):
-        v1_processor(base_model, {**only, "rerank": 4})
+    with pytest.raises(ValueError, match="prune_eps is for value models with a backbone"):
+        v1_processor(base_model, {**only, "prune_eps": 0.01})
     renamed = {"a": str(make_heads(tmp_path / "one", base_model, ["x"])), "b": str(value_model)}
     with pytest.raises(ValueError, match="do not guide together with value models that have a"):
         v1_processor(base_model, {"value_models": renamed})

@@ -22,7 +22,7 @@ WEIGHTS = [(1.0, 0.0, 0.0), (0.5, -1.0, 1.0), (0.0, 0.0, 2.0)]
 
 
 @pytest.fixture
-def two_ranks(monkeypatch, base_model, value_model, action_model):
+def two_ranks(monkeypatch, base_model, value_model, salty_model):
     from vllm import LLM
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -37,7 +37,7 @@ def two_ranks(monkeypatch, base_model, value_model, action_model):
             logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
             additional_config={
                 "mavis": {
-                    "value_models": [str(value_model), str(action_model)],
+                    "value_models": [str(value_model), str(salty_model)],
                     "beta": BETA,
                     "top_k": TOP_K,
                 }
@@ -65,9 +65,9 @@ def check_greedy(llm, reference):
     return prompts
 
 
-def test_two_tensor_parallel_ranks_guide_as_one(two_ranks, base_model, value_model, action_model):
+def test_two_tensor_parallel_ranks_guide_as_one(two_ranks, base_model, value_model, salty_model):
     llm = two_ranks(tensor_parallel_size=2)
-    prompts = check_greedy(llm, Reference(base_model, [value_model, action_model]))
+    prompts = check_greedy(llm, Reference(base_model, [value_model, salty_model]))
     # Sampled tokens agree between the ranks too, or the next step's prefixes would differ.
     drawn = [sampling(WEIGHTS[i % 3], temperature=1.0, seed=i) for i in range(6)]
     assert generate(llm, prompts, drawn) == generate(llm, prompts, drawn)

@@ -1,4 +1,4 @@
-"""The example scripts, from YAML files to a saved value model and its distillation."""
+"""The example script, from a YAML file to a saved value model."""
 
 import importlib.util
 import json
@@ -12,12 +12,12 @@ import pytest
 from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import read_rollouts
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_value_models.py"
 
 
-def run(folder, script, *arguments):
+def run(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -45,9 +45,7 @@ use_cpu: true
 report_to: none
 """
     )
-    finished = run(
-        tmp_path, "train_value_models.py", "--config", "config.yaml", "--num_train_epochs", "1"
-    )
+    finished = run(tmp_path, "--config", "config.yaml", "--num_train_epochs", "1")
     assert finished.returncode == 0, finished.stderr[-3000:]
     model = MAVISValueModel.load(str(tmp_path / "value_model"))
     assert model.config.objectives == ["goodness"]
@@ -56,29 +54,10 @@ report_to: none
     metrics = json.loads((tmp_path / "value_model" / "eval_results.json").read_text())
     assert "eval_explained_variance/goodness" in metrics
 
-    (tmp_path / "distil.yaml").write_text(
-        f"""
-model_name_or_path: {base_model}
-teachers: [value_model]
-rollout_dir: value_model/rollouts
-output_dir: action_model
-num_hidden_layers: 1
-use_cpu: true
-report_to: none
-"""
-    )
-    finished = run(tmp_path, "distill_value_models.py", "--config", "distil.yaml")
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    student = MAVISValueModel.load(str(tmp_path / "action_model"))
-    assert student.config.head_type == "action" and student.config.objectives == ["goodness"]
-    assert "distill_value_models.py" in student.config.provenance["command"]
-    metrics = json.loads((tmp_path / "action_model" / "eval_results.json").read_text())
-    assert "eval_difference_explained_variance/goodness" in metrics
-
 
 @pytest.mark.parametrize("spec", ["goodness", "=my_rewards:goodness"])
 def test_malformed_reward_is_refused(spec):
-    file = importlib.util.spec_from_file_location("script", EXAMPLES / "train_value_models.py")
+    file = importlib.util.spec_from_file_location("script", SCRIPT)
     script = importlib.util.module_from_spec(file)
     sys.modules["script"] = script  # dataclasses look their module up
     file.loader.exec_module(script)

@@ -410,11 +410,11 @@ def test_arguments_that_heads_do_not_take_are_refused(tmp_path, fields, message)
 
 def test_defaults_depend_on_the_head(tmp_path):
     chosen = [
-        (args.learning_rate, args.num_train_epochs, args.action_rank)
+        (args.learning_rate, args.num_train_epochs)
         for args in (
             MAVISConfig(str(tmp_path), use_cpu=True),
             MAVISConfig(str(tmp_path), use_cpu=True, head_type="hidden"),
             MAVISConfig(str(tmp_path), use_cpu=True, head_type="hidden", learning_rate=5e-4),
         )
     ]
-    assert chosen == [(2e-4, 2.0, 128), (1e-3, 3.0, 32), (5e-4, 3.0, 32)]
+    assert chosen == [(2e-4, 2.0), (1e-3, 3.0), (5e-4, 3.0)]

@@ -155,60 +155,6 @@ def test_loss_is_that_of_every_labelled_token(base_model, tmp_path):
     assert loss.item() == pytest.approx(np.mean(errors), rel=1e-4)
 
 
-@pytest.mark.parametrize("sibling_weight", [0.0, 2.0])
-def test_action_loss_is_that_of_taken_actions_and_siblings(base_model, tmp_path, sibling_weight):
-    made = trainer(base_model, tmp_path, head_type="action", sibling_weight=sibling_weight)
-    made.collect_rollouts()
-    model = made.model.eval()
-    for parameter in (model.head.weight, model.action_query.weight):
-        torch.nn.init.normal_(parameter, std=0.3)
-    sequences = [made.train_dataset[i] for i in range(3)]
-    with torch.inference_mode():
-        loss = made.compute_loss(model, made.data_collator(sequences))
-        at_states, at_actions, of_siblings = [], [], []
-        for sequence in sequences:
-            ids, previous, known = (sequence[k] for k in ("input_ids", "previous", "labels"))
-            taken = np.zeros_like(known)
-            for end in range(len(ids)):
-                branch = [end]
-                while sequence["position_ids"][branch[-1]]:
-                    branch.append(previous[branch[-1]])
-                prefix = torch.tensor(ids[branch[::-1]])[None]
-                value = model(prefix).logits[0, -1]
-                label = torch.tensor(known[end])
-                if not label[0].isnan():
-                    at_states.append((value - label) ** 2)
-                if sequence["depths"][end]:
-                    action = model(prefix[:, :-1], candidates=prefix[:, 1:, None])
-                    taken[end] = action.candidate_logits[0, -1, 0]
-                    if not label[0].isnan():
-                        at_actions.append((torch.tensor(taken[end]) - label) ** 2)
-            for (a, b, *_), label in zip(sequence["siblings"], sequence["sibling_labels"]):
-                if ids[a] != ids[b]:
-                    of_siblings.append((taken[a] - taken[b] - label[0]) ** 2)
-    expected = torch.stack(at_states).mean() + torch.stack(at_actions).mean()
-    assert loss.item() == pytest.approx(
-        expected.item() + sibling_weight * np.mean(of_siblings), rel=1e-4
-    )
-
-
-def test_action_head_learns_which_action_is_better(base_model, tmp_path):
-    made = trainer(
-        base_model, tmp_path, data=prompts(60), num_train_epochs=8, leaf_fraction=1.0,
-        head_type="action", action_rank=8, layers=2,
-    )  # fmt: skip
-    made.train()
-    ids = [VOCABULARY.index(word) for word in ("good", "bad", "red", "blue")]
-    prefix = torch.tensor([[VOCABULARY.index("a"), VOCABULARY.index("b")]])
-    with torch.inference_mode():
-        values = made.model.eval()(
-            prefix, candidates=torch.tensor([[ids]]), candidate_positions=torch.tensor([[1]])
-        ).candidate_logits[0, 0]
-    assert values[0, 0] > values[1, 0] + 0.1
-    assert values[2, 1] > values[3, 1] + 0.1
-    assert min(made.model.config.candidate_range) > 0.1
-
-
 def test_metrics_are_those_of_plain_numpy():
     rng = np.random.default_rng(0)
     labels = rng.normal(size=(50, 1))
@@ -462,8 +408,8 @@ class TestBadInput:
             {"temperature": 0.0},
             {"leaf_fraction": 1.5},
             {"head_type": "none"},
+            {"head_type": "action"},
             {"action_rank": 0},
-            {"sibling_weight": -1.0},
         ],
     )
     def test_config(self, tmp_path, field):
@@ -637,12 +583,3 @@ def test_what_could_not_be_served_is_refused_before_anything_is_sampled(tmp_path
     with pytest.raises(ValueError, match="a backbone of type 'diffllama' is not supported: after"):
         trainer(base, tmp_path / "out")
     assert not (tmp_path / "out" / "rollouts").exists()
-
-
-def test_what_could_not_be_served_is_not_distilled_into(tmp_path, trained):
-    from trimtab.trainers import MAVISDistillationConfig, MAVISDistillationTrainer
-
-    base = unservable(tmp_path / "base")
-    args = MAVISDistillationConfig(str(tmp_path / "out"), num_hidden_layers=2, report_to="none")
-    with pytest.raises(ValueError, match="a backbone of type 'diffllama' is not supported: after"):
-        MAVISDistillationTrainer(base, str(trained[2]), args, tmp_path / "rollouts")

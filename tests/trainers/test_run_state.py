@@ -125,7 +125,6 @@ PAIRS = {
     "kl_penalty": ({}, {"kl_penalty": 0.0}),
     "leaf_fraction": ({}, {"leaf_fraction": 1.0}),
     "max_length": ({}, {"max_length": 12}),
-    "head": ({}, {"head_type": "action", "action_rank": 4}),
     "depth": ({}, {"num_hidden_layers": 1}),
     "adapter": ({}, {"peft_config": LoraConfig(r=2)}),
     "prompts": ({}, {"dataset": data(4, offset=3)}),
