@@ -220,7 +220,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", type=Path, default=Path("artifacts/smollm2"))
-    parser.add_argument("--value-model", type=Path, default=Path("artifacts/value_model"))
+    parser.add_argument("--value-model", type=Path, default=Path("artifacts/state"))
     parser.add_argument("--folder", type=Path, default=Path("artifacts/pareto/policies"))
     parser.add_argument("--steps", type=int, default=Budget.steps)
     args = parser.parse_args()

@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 import rewards  # noqa: E402
 
-MODELS = ("state=artifacts/state", "heads=artifacts/value_model")
-BETAS = (2.0, 4.0, 8.0)
+# Values of heads are scaled down to what responses bear out, so that it takes more beta.
+MODELS = ("state=artifacts/state@2,4,8", "heads=artifacts/value_model@4,8,16")
 KLS = (1.0, 2.0, 5.0, 10.0)  # nats a response that gains are read off at
 TOP_K, MAX_TOKENS, BATCH = 40, 48, 96
 DRAWS = 2000
@@ -114,8 +114,7 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
     tokenizer = AutoTokenizer.from_pretrained(args.base, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16).eval()
     models = {}
-    for spec in args.models:
-        name, _, folder = spec.partition("=")
+    for name, (folder, _) in args.models.items():
         models[name] = MAVISValueModel.load(folder)
     objectives = args.objectives or models[next(iter(models))].config.objectives
     per_batch = max(1, BATCH // len(prompts))
@@ -123,9 +122,10 @@ def sample(args: argparse.Namespace, prompts: list[Any]) -> list[dict[str, Any]]
     jobs += [
         (name, objective, beta, s)
         for s in range(0, args.samples, per_batch)
-        for beta in args.betas
+        for place in range(max(len(betas) for _, betas in args.models.values()))
         for objective in objectives
-        for name in models
+        for name, (_, betas) in args.models.items()
+        for beta in betas[place : place + 1]
     ]
     for number, (name, objective, beta, s) in enumerate(jobs):
         if (name, objective, beta, s) in known:
@@ -166,7 +166,7 @@ def at_kl(kls: np.ndarray, gains: np.ndarray, kl: float) -> float:
 
 def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: int) -> dict:
     """Gains in unguided standard deviations, with bootstrap intervals over prompts."""
-    names = [m.split("=")[0] for m in args.models]
+    names = list(args.models)
     objectives = args.objectives or sorted({r["objective"] for r in responses} - {""})
     plain = [r for r in responses if r["model"] == "unguided"]
     draws = np.random.default_rng(0).integers(0, count, (DRAWS, count))
@@ -197,7 +197,8 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
         read = {}
         for name in names:
             kls, gains, counts = [], [], []
-            for beta in args.betas:
+            betas = args.models[name][1]
+            for beta in betas:
                 key = (name, objective, beta)
                 chosen = lambda r, key=key: (r["model"], r["objective"], r["beta"]) == key  # noqa: E731
                 counts.append(sum(map(chosen, responses)))
@@ -207,7 +208,7 @@ def measure(args: argparse.Namespace, responses: list[dict[str, Any]], count: in
             entry[name] = {
                 "curve": [
                     {"beta": beta, "responses": n, "kl": interval(kl), "gain": interval(gain)}
-                    for beta, n, kl, gain in zip(args.betas, counts, kls, gains)
+                    for beta, n, kl, gain in zip(betas, counts, kls, gains)
                 ]
             }
             points = list(zip(np.stack(kls).T, np.stack(gains).T))
@@ -253,8 +254,8 @@ def table(result: dict[str, Any], names: list[str], parameters: dict[str, Any]) 
         "# Gain in reward at equal KL",
         "",
         f"{parameters['prompts']} held-out prompts of the demo, {parameters['samples']} responses "
-        f"of at most {MAX_TOKENS} tokens to each under every `beta` of {parameters['betas']}, all "
-        "weight on one objective; gains in standard deviations of the base model's reward, read "
+        f"of at most {MAX_TOKENS} tokens to each under three `beta`, all weight "
+        "on one objective; gains in standard deviations of the base model's reward, read "
         "off each model's curve (no figure: it does not reach that far), 95 % intervals over "
         "prompts. `python benchmarks/heads.py`.",
         "",
@@ -280,9 +281,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default="artifacts/smollm2")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), metavar="NAME=FOLDER@BETA,BETA"
+    )
     parser.add_argument("--objectives", nargs="+", help="by default all")
-    parser.add_argument("--betas", nargs="+", type=float, default=list(BETAS))
     parser.add_argument("--samples", type=int, default=4, help="responses to each prompt")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts/heads_benchmark"))
@@ -290,7 +292,9 @@ def main() -> None:
     parser.add_argument("--png", type=Path, default=ROOT / "docs/heads.png")
     parser.add_argument("--table", type=Path, default=ROOT / "docs/heads.md")
     args = parser.parse_args()
-    names = [m.split("=")[0] for m in args.models]
+    specs = [spec.replace("@", "=").split("=") for spec in args.models]
+    args.models = {n: (folder, [float(b) for b in betas.split(",")]) for n, folder, betas in specs}
+    names = list(args.models)
     if "unguided" in names:
         parser.error("--models: unguided is a key of the result, take another name")
     rows = map(json.loads, (ROOT / "examples/prompts.jsonl").read_text().splitlines())
@@ -298,7 +302,7 @@ def main() -> None:
     responses = sample(args, prompts)
     result = measure(args, responses, len(prompts))
     parameters = {
-        "models": args.models, "betas": args.betas, "top_k": TOP_K,
+        "models": args.models, "top_k": TOP_K,
         "max_tokens": MAX_TOKENS, "prompts": len(prompts), "samples": args.samples,
     }  # fmt: skip
     text = json.dumps({"parameters": parameters, "objectives": result}, indent=2)

@@ -4,13 +4,10 @@
 
 Every variant is trained as `MAVISTrainer` trains heads, on the same trees for as many steps, and
 measured on the held-out prompts' trees: `C^2 / D`, the squared gain by two nats of weak guidance,
-in variances of the reward. The 4-layer state head of the demo is measured at a fifth of the
-prefixes, and the default heads there too. Writes `benchmarks/results/hidden_heads.json` and
-`docs/hidden_heads.md`. What the heads gain when they are sampled with:
-
-    python examples/train_value_models.py --config examples/train_value_models.yaml \
-        --head_type hidden --learning_rate 1e-3 --output_dir artifacts/heads
-    python benchmarks/heads.py --models state=artifacts/value_model hidden=artifacts/heads
+in variances of the reward. A state head on the same rollouts (`heads.py` says how to train it) is
+measured at a fifth of the prefixes, and the default heads there too. Writes
+`benchmarks/results/hidden_heads.json` and `docs/hidden_heads.md`. `heads.py` measures what both
+gain when they are sampled with.
 """
 
 from __future__ import annotations
@@ -252,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="artifacts/smollm2")
     parser.add_argument("--rollouts", type=Path, default=Path("artifacts/rollouts"))
-    parser.add_argument("--value-model", default="artifacts/value_model")
+    parser.add_argument("--value-model", default="artifacts/state")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument(

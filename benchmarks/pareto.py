@@ -2,6 +2,7 @@
 
     python benchmarks/pareto.py            # everything, an interrupted run goes on
 
+MAVIS guides with a state head on the demo's rollouts (`heads.py` says how to train it).
 All policies sample from the 40 likeliest tokens of the base model, on held-out prompts. The
 fine-tuned ones (`_policies.py`) are LoRA policies trained with GRPO; Rewarded Soups average their
 weights, MOD their log-probabilities, MORLHF trains on the weighted reward. Several processes may
@@ -392,7 +393,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", type=Path, default=Path("artifacts/smollm2"))
-    parser.add_argument("--value-model", type=Path, default=Path("artifacts/value_model"))
+    parser.add_argument("--value-model", type=Path, default=Path("artifacts/state"))
     parser.add_argument("--rollouts", type=Path, default=Path("artifacts/rollouts/train"))
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts/pareto"))
     parser.add_argument("--prompts", type=int, default=32)

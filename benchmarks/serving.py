@@ -228,8 +228,8 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="a smoke test: tiny models, writes no file")
     add("--base", default=str(ROOT / "artifacts" / "smollm2"))
-    add("--state-model", default=str(ROOT / "artifacts" / "value_model"))
-    add("--heads-model", default=str(ROOT / "artifacts" / "heads"))
+    add("--state-model", default=str(ROOT / "artifacts" / "state"))
+    add("--heads-model", default=str(ROOT / "artifacts" / "value_model"))
     add("--prune-eps", type=float, default=0.001)
     add("--repetitions", type=int, default=3)
     add("--tokens", type=int, default=32, help="of each response (default: %(default)s)")
@@ -237,7 +237,10 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     for path in (options.base, options.state_model, options.heads_model):
         if not options.quick and not Path(path, "config.json").exists():
-            parser.error(f"there is no model in {path}; examples/demo.py makes them (`make demo`)")
+            parser.error(
+                f"there is no model in {path}: `make demo` makes the base model and the heads, and "
+                "benchmarks/heads.py says how to train a state head"
+            )
     return options
 
 
