@@ -131,7 +131,10 @@ def test_a_schedule_that_drops_nothing_is_best_of_n_and_one_that_drops_samples_l
     assert nothing.sequences == every.sequences and nothing.scores.equal(every.scores)
     for keep in ({3: 1}, {1: 7}, {4: 4, 8: 2}, {11: 1}):
         fewer = found(keep=keep)
-        assert (fewer.num_tokens < every.num_tokens).all()
+        live = [N, *(count for _, count in sorted(keep.items()))]
+        spans = [b - a for a, b in zip([0, *sorted(keep)], [*sorted(keep), LENGTH])]
+        most = sum(count * span for count, span in zip(live, spans))
+        assert (fewer.num_tokens <= most).all() and most < N * LENGTH
         for i, of in enumerate(fewer.sequences):
             going_on = [r for r in of if len(r) > max(keep)]
             assert 1 <= len(of) < N and len(going_on) <= min(keep.values())
@@ -207,7 +210,7 @@ def make_llm(base_model, **options):
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         return LLM(
             str(base_model), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=16,
-            max_num_batched_tokens=24, enable_chunked_prefill=True, enable_prefix_caching=True,
+            enable_prefix_caching=True,  # vLLM's CPU runner fails on seeded prompts in chunks
             block_size=32, num_gpu_blocks_override=40, **options,
         )  # fmt: skip
 
@@ -231,7 +234,7 @@ def test_early_rejection_in_vllm(llm, base_model, heads, guided):
 
     weights = WEIGHTS if guided else {}
     params = SamplingParams(
-        temperature=1.0, max_tokens=LENGTH, seed=5, extra_args={"mavis_weights": weights}
+        temperature=1.0, top_k=20, max_tokens=LENGTH, seed=5, extra_args={"mavis_weights": weights}
     )
     asked = {
         "n": N, "value_models": [str(heads)], "weights": WEIGHTS, "sampling_params": params,
@@ -244,7 +247,7 @@ def test_early_rejection_in_vllm(llm, base_model, heads, guided):
     assert again.sequences == found.sequences and again.scores.equal(found.scores)
     nothing = best_of_n(llm, PROMPTS, **asked, keep={3: N})
     assert nothing.sequences == every.sequences
-    assert (found.num_tokens < every.num_tokens).all()
+    assert (found.num_tokens <= 2 * 8 + 3 * 6 + 4 * 3 + 3 * 2).all()
     plain = Plain(base_model, heads)
     for i, prompt in enumerate(PROMPTS):
         for output in (every, found):
@@ -274,10 +277,10 @@ def test_early_rejection_in_vllm(llm, base_model, heads, guided):
 
 
 def test_vllm_goes_on_with_texts_to_their_end(llm, heads):
-    """Greedy responses cut into rounds are those that are not."""
+    """Responses of the likeliest tokens are the same in rounds as in one."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=LENGTH, extra_args={"mavis_weights": {}})
+    params = SamplingParams(top_k=1, max_tokens=LENGTH, extra_args={"mavis_weights": {}})
     asked = {"value_models": [str(heads)], "weights": WEIGHTS, "use_tqdm": False}
     whole = best_of_n(llm, PROMPTS, n=1, sampling_params=params, **asked)
     cut = best_of_n(llm, PROMPTS, n=4, keep={1: 3, 5: 2}, sampling_params=params, **asked)
