@@ -8,10 +8,11 @@ responses of the first two, by value or by reward. Writes `docs/search.json`, `d
 `docs/search.png`; responses are kept in `artifacts/search`, so that an interrupted run goes on.
 
 Guidance and values are those of heads on the base model's hidden state. Compute is in tokens of the
-base model, of which prompts are read once and heads, 0.2 % of its parameters, count nothing. Beams
-need a value model that has a backbone, with a state head: a token of it counts as the ratio of the
-parameters that a token is multiplied with, and a step of a beam reads `top_k + 1`. Reward functions
-cost nothing here. What beams read again after a fork (3 % of their tokens) is left out.
+base model, of which prompts are read once; heads, less than a hundredth of its parameters, count
+nothing. Beams need a value model that has a backbone, with a state head: a token of it counts as
+the ratio of the parameters that a token is multiplied with, and a step of a beam reads `top_k + 1`.
+Reward functions cost nothing here. What beams read again after a fork (3 % of their tokens) is left
+out.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 import rewards  # noqa: E402
 
 N = 4  # of best-of-N, and beams
-# Early rejection, chosen among 80 schedules by 32 responses to each of 24 held-out prompts that are
-# not asked here by default: the best reward at half the tokens of best of `TARGET`.
-MANY, KEEP, TARGET = 32, {3: 12, 6: 9, 12: 5}, 16
+# Early rejection, chosen by 32 responses to each of 24 held-out prompts that are not asked here by
+# default: about the best reward of 80 schedules at half the tokens of best of `TARGET`.
+MANY, KEEP, TARGET = 24, {3: 10, 6: 8, 12: 6}, 16
 DRAWS = 4000
 LABELS = {
     "guided": "token-level guidance",

@@ -111,8 +111,8 @@ def best_of_n(
     Example:
 
         best = best_of_n(
-            model, **inputs, n=16, value_models=["heads"], weights={"helpful": 1.0},
-            keep={12: 8, 24: 4}, max_new_tokens=48, top_k=40,
+            model, **inputs, n=24, value_models=["heads"], weights={"helpful": 1.0},
+            keep={3: 10, 6: 8, 12: 6}, max_new_tokens=48, top_k=40,
         )
         tokenizer.batch_decode([ranked[0] for ranked in best.sequences])
     """
