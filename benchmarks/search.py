@@ -2,16 +2,17 @@
 
     python benchmarks/search.py
 
-Held-out prompts are answered by the base model, by token-level guidance and by beams, for every
-objective; best-of-N chooses among the responses of the first two, by value or by reward. Writes
-`docs/search.json`, `docs/search.md` and `docs/search.png`; responses are kept in
-`artifacts/search`, so that an interrupted run goes on.
+Held-out prompts are answered by the base model, by token-level guidance, by best-of-N with early
+rejection and, with `--beams-model`, by beams, for every objective; best-of-N chooses among the
+responses of the first two, by value or by reward. Writes `docs/search.json`, `docs/search.md` and
+`docs/search.png`; responses are kept in `artifacts/search`, so that an interrupted run goes on.
 
-Compute is in tokens of the base model: a token of the value model counts as the ratio of the
-parameters that a token is multiplied with. Prompts are read once. A response of `T` tokens costs
-the base model `T`; with a state head, guidance `(top_k + 1) T` tokens of the value model, its final
-value `T`, a step of a beam `top_k + 1`. Reward functions cost nothing here. What beams read again
-after a fork (3 % of their tokens) is left out.
+Guidance and values are those of heads on the base model's hidden state. Compute is in tokens of the
+base model, of which prompts are read once; heads, less than a hundredth of its parameters, count
+nothing. Beams need a value model that has a backbone, with a state head: a token of it counts as
+the ratio of the parameters that a token is multiplied with, and a step of a beam reads `top_k + 1`.
+Reward functions cost nothing here. What beams read again after a fork (3 % of their tokens) is left
+out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimtab.plugins import MAVISValueModel, beam_search, best_of_n
+from trimtab.plugins import MAVISValueHeads, MAVISValueModel, beam_search, best_of_n
 from trimtab.plugins.guidance import step_kl, top_candidates
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
@@ -39,11 +40,15 @@ sys.path.insert(0, str(ROOT / "examples"))
 import rewards  # noqa: E402
 
 N = 4  # of best-of-N, and beams
+# Early rejection, chosen by 32 responses to each of 24 held-out prompts that are not asked here by
+# default: about the best reward of 80 schedules at half the tokens of best of `TARGET`.
+MANY, KEEP, TARGET = 24, {3: 10, 6: 8, 12: 6}, 16
 DRAWS = 4000
 LABELS = {
     "guided": "token-level guidance",
     "value": f"best of {N} by value",
     "reward": f"best of {N} by reward",
+    "early": f"best of {MANY} by reward, early rejection",
     "guided value": f"guided, best of {N} by value",
     "guided reward": f"guided, best of {N} by reward",
     "beams": f"{N} beams",
@@ -80,7 +85,7 @@ class Models:
         self.tokenizer = AutoTokenizer.from_pretrained(args.base)
         self.dtype = getattr(torch, args.dtype)
         self.base: Any = AutoModelForCausalLM.from_pretrained(args.base, dtype=self.dtype).eval()
-        self.values: Any = MAVISValueModel.load(args.value_model)
+        self.values: Any = MAVISValueHeads.from_pretrained(args.heads)
         self.objectives = args.objectives or self.values.config.objectives
         rows = map(json.loads, (ROOT / "examples/prompts.jsonl").read_text().splitlines())
         self.prompts = [r["prompt"] for r in rows if r["split"] == "test"][: args.prompts]
@@ -88,10 +93,14 @@ class Models:
             self.tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"]
             for p in self.prompts
         ]
-        # What a token is multiplied with: every layer, and of the base model the output matrix.
-        base = sum(p.numel() for p in self.base.model.layers.parameters())
-        value = sum(p.numel() for p in self.values.backbone.layers.parameters())
-        self.value_share = value / (base + self.base.lm_head.weight.numel())
+        self.beams_model: Any = None
+        self.value_share = 0.0
+        if args.beams_model:
+            self.beams_model = MAVISValueModel.load(args.beams_model)
+            # What a token is multiplied with: every layer, and of the base model the output matrix.
+            base = sum(p.numel() for p in self.base.model.layers.parameters())
+            value = sum(p.numel() for p in self.beams_model.backbone.layers.parameters())
+            self.value_share = value / (base + self.base.lm_head.weight.numel())
 
     def sampled(self, objective: str) -> list[dict[str, Any]]:
         """`N` responses to every prompt, guided to an objective or, if it has no name, unguided."""
@@ -99,11 +108,11 @@ class Models:
         if objective:
             meter = KLMeter(
                 [self.values], weights={objective: 1.0}, beta=self.args.beta,
-                top_k=self.args.top_k, dtype=self.dtype,
+                top_k=self.args.top_k, model=self.base,
             )  # fmt: skip
             how = {"top_k": 0, "logits_processor": [meter]}
         found = best_of_n(
-            self.base, self.ids, n=N, value_models=[self.values], dtype=self.dtype,
+            self.base, self.ids, n=N, value_models=[self.values],
             weights={objective or self.objectives[0]: 1.0},
             max_new_tokens=self.args.max_tokens, top_p=1.0, **how,
         )  # fmt: skip
@@ -113,6 +122,20 @@ class Models:
             for n, response in enumerate(responses)
         ]
 
+    def early(self, objective: str) -> list[dict[str, Any]]:
+        """The best by reward of those of `MANY` that early rejection leaves."""
+        found = best_of_n(
+            self.base, self.ids, n=MANY, value_models=[self.values], weights={objective: 1.0},
+            keep=KEEP, reward_funcs={objective: getattr(rewards, objective)},
+            tokenizer=self.tokenizer, columns={"prompts": self.prompts},
+            max_new_tokens=self.args.max_tokens, top_k=self.args.top_k, top_p=1.0,
+        )  # fmt: skip
+        assert found.num_tokens is not None
+        return [
+            self.record(i, responses[0], found.values[i, 0], 0.0) | {"fed": tokens}
+            for i, (responses, tokens) in enumerate(zip(found.sequences, found.num_tokens.tolist()))
+        ]
+
     def beams(self, objective: str) -> list[dict[str, Any]]:
         """The best of `N` beams of every prompt."""
         fed = []
@@ -120,7 +143,7 @@ class Models:
             lambda module, args, kwargs: fed.append(len(kwargs["input_ids"])), with_kwargs=True
         )
         found = beam_search(
-            self.base, self.ids, value_models=[self.values], dtype=self.dtype,
+            self.base, self.ids, value_models=[self.beams_model], dtype=self.dtype,
             weights={objective: 1.0}, beta=self.args.beta, num_beams=N, top_k=self.args.top_k,
             max_new_tokens=self.args.max_tokens,
         )  # fmt: skip
@@ -152,19 +175,21 @@ def collect(args: argparse.Namespace, models: Models) -> list[dict[str, Any]]:
     text = path.read_text() if path.exists() else ""
     text = text[: text.rfind("\n") + 1]  # without the line that an interruption cut off
     path.write_text(text)
-    names = ("base", "value_model", "beta", "top_k", "max_tokens", "prompts", "dtype")
+    names = ("base", "heads", "beams_model", "beta", "top_k", "max_tokens", "prompts", "dtype")
     settings = {name: getattr(args, name) for name in names}
+    settings["early"] = [MANY, [list(checkpoint) for checkpoint in KEEP.items()]]
     # A line is a job: an arm, an objective, a repeat. Those of other settings stay where they are.
     done = [job for job in map(json.loads, text.splitlines()) if job["settings"] == settings]
     known = {tuple(job["job"]) for job in done}
     jobs = [("plain", "", r) for r in range(args.plain_samples // N)]
-    jobs += [(arm, o, 0) for o in models.objectives for arm in ("guided", "beams")]
+    arms = ("guided", "early", "beams") if models.beams_model else ("guided", "early")
+    jobs += [(arm, o, 0) for o in models.objectives for arm in arms]
     for number, (arm, objective, repeat) in enumerate(tqdm(jobs, desc="arms")):
         if (arm, objective, repeat) in known:
             continue
         started = time.monotonic()
         torch.manual_seed(number)
-        answer = models.beams if arm == "beams" else models.sampled
+        answer = {"early": models.early, "beams": models.beams}.get(arm, models.sampled)
         responses = answer(objective)
         asked = [models.prompts[r["prompt"]] for r in responses]
         texts = [r["text"] for r in responses]
@@ -228,7 +253,7 @@ def measure(models: Models, jobs: list[dict[str, Any]]) -> dict[str, Any]:
         def tokens(arm: str, o: str = o) -> float:
             return float(pool(arm, o, itemgetter("tokens")).mean())
 
-        plain, guided, beams = map(standard, ("plain", "guided", "beams"))
+        plain, guided, early = map(standard, ("plain", "guided", "early"))
         plain_values, guided_values = (
             pool(arm, o, lambda r, o=o: r["values"][o]) for arm in ("plain", "guided")
         )
@@ -236,25 +261,21 @@ def measure(models: Models, jobs: list[dict[str, Any]]) -> dict[str, Any]:
         kl = float(pool("guided", o, itemgetter("kl")).mean())
         of_n = math.log(N) - (N - 1) / N  # the most that choosing among N adds
         t, g = tokens("plain"), tokens("guided")
-        fed = float(pool("beams", o, itemgetter("fed")).mean())
-        width = args.top_k + 1
-        read = prompt_tokens  # by the value model
+        begun = float(pool("early", o, itemgetter("fed")).mean())
         found = {
-            "guided": (guided.mean(1), kl, g, compute(g, read + width * g)),
-            "value": (best_of(plain_values, plain, N), of_n, t, compute(N * t, read + N * t)),
+            "guided": (guided.mean(1), kl, g, compute(g)),
+            "value": (best_of(plain_values, plain, N), of_n, t, compute(N * t)),
             "reward": (best_of(plain, plain, N), of_n, t, compute(N * t)),
-            "guided value": (
-                best_of(guided_values, guided, N), kl + of_n, g,
-                compute(N * g, read + N * width * g + read + N * g),
-            ),
-            "guided reward": (
-                best_of(guided, guided, N), kl + of_n, g, compute(N * g, read + N * width * g),
-            ),
-            "beams": (
-                beams[:, 0], float(pool("beams", o, itemgetter("kl")).mean()), tokens("beams"),
-                compute(fed, read + width * fed),
-            ),
-        }  # fmt: skip
+            "early": (early[:, 0], math.log(MANY), tokens("early"), compute(begun)),
+            "guided value": (best_of(guided_values, guided, N), kl + of_n, g, compute(N * g)),
+            "guided reward": (best_of(guided, guided, N), kl + of_n, g, compute(N * g)),
+        }
+        if models.beams_model:
+            fed = float(pool("beams", o, itemgetter("fed")).mean())
+            found["beams"] = (
+                standard("beams")[:, 0], float(pool("beams", o, itemgetter("kl")).mean()),
+                tokens("beams"), compute(fed, prompt_tokens + (args.top_k + 1) * fed),
+            )  # fmt: skip
         # Unguided best-of-n by reward, whose compute any arm can be matched to.
         counts = np.arange(1, plain.shape[1] + 1)
         curve = np.stack([best_of(plain, plain, n) for n in counts])  # [n, prompts]
@@ -266,8 +287,7 @@ def measure(models: Models, jobs: list[dict[str, Any]]) -> dict[str, Any]:
                     "n": int(n),
                     "by_reward": interval(curve[n - 1] - base),
                     "by_value": interval(by_value[n - 1] - base),
-                    "compute_by_reward": compute(n * t)["total"],
-                    "compute_by_value": compute(n * t, read + n * t)["total"],
+                    "compute": compute(n * t)["total"],
                 }
                 for n in counts
             ],
@@ -285,6 +305,18 @@ def measure(models: Models, jobs: list[dict[str, Any]]) -> dict[str, Any]:
                 "best_of_n_at_equal_compute": n,
                 "gain_over_it": interval(reward - same),
             }
+        many = min(TARGET, len(counts))
+        share = [x[draws].mean(1) for x in (early[:, 0] - base, curve[many - 1] - base)]
+        low, high = np.percentile(share[0] / share[1], [2.5, 97.5])
+        entry["target"] = {
+            "best_of": many,
+            "tokens": begun / (many * t),
+            "gain": {
+                "mean": float((early[:, 0] - base).mean() / (curve[many - 1] - base).mean()),
+                "low": float(low),
+                "high": float(high),
+            },
+        }
         result[o] = entry
     return result
 
@@ -297,18 +329,17 @@ def markdown(result: dict[str, Any], parameters: dict[str, Any]) -> str:
     python benchmarks/search.py
 
 {p["prompts"]} held-out prompts, responses of at most {p["max_tokens"]} tokens, weight 1 on the objective of the column;
-guidance and beams at `beta` {p["beta"]:g} and `top_k` {p["top_k"]}; unguided responses are sampled from the same
+guidance by heads{", and beams," if p["beams_model"] else ""} at `beta` {p["beta"]:g} and `top_k` {p["top_k"]}; unguided responses are sampled from the same
 {p["top_k"]} candidates, {samples} to a prompt. Gains are in standard deviations of the unguided responses' reward,
-with 95 % bootstrap intervals over prompts.
+with 95 % bootstrap intervals over prompts. Early rejection begins {MANY} responses and goes on with
+{", ".join(f"{count} after {length} tokens" for length, count in KEEP.items())}: those of the highest value, of which the reward picks.
 
-*Compute* of a response is in tokens of the base model, prompt included; a token of the value model
-counts {p["value_share"]:.3f}, its share of the parameters that a token is multiplied with. A response of `T` tokens
-costs `T`, guided `T + {p["value_share"]:.3f} (top_k + 1) T`, its final value {p["value_share"]:.3f} of all tokens read again; `N`
-responses `N` times that; the steps of beams are those of guided responses. Rewards are free.
+*Compute* is in tokens of the base model, prompt and responses that were dropped included; heads and rewards
+are free. {f"Beams are of a value model, of which a token counts {p['value_share']:.3f}." if p["beams_model"] else ""}
 
 *KL* to the base model in nats, in brackets: exact at every step and summed for guidance, at most
-`log N - (N - 1) / N` more for the choice among `N`; of beams, whose policy is deterministic,
-`-log pi_ref` of the response.
+`log N - (N - 1) / N` more for the choice among `N`, at most `log N` with early rejection; of beams, whose
+policy is deterministic, `-log pi_ref` of the response.
 """  # noqa: E501
 
     def shown(x: dict[str, float]) -> str:
@@ -317,19 +348,29 @@ responses `N` times that; the steps of beams are those of guided responses. Rewa
     objectives = list(result)
     head = "| " + " | ".join(("", "compute", *objectives)) + " |\n" + "| --- " * (2 + len(result))
     lines = [about, "## Gain (KL)", "", head + "|"]
-    for name, label in LABELS.items():
+    labels = {name: label for name, label in LABELS.items() if name in result[objectives[0]]}
+    for name, label in labels.items():
         entries = [result[o][name] for o in objectives]
         cost = np.mean([e["compute"]["total"] for e in entries])
         cells = [f"{shown(e['gain'])} ({e['kl']:.0f})" for e in entries]
         lines.append(f"| {label} | {cost:.0f} | " + " | ".join(cells) + " |")
     head = head.replace("compute", "N")
     lines += ["", "## Over the unguided best of N by reward, at equal compute", "", head + "|"]
-    for name, label in LABELS.items():
+    for name, label in labels.items():
         entries = [result[o][name] for o in objectives]
         n = float(np.mean([e["best_of_n_at_equal_compute"] for e in entries]))
         shown_n = f"{n:.1f}" if n <= samples else f"{n:.1f}, here {samples}"
         cells = [shown(e["gain_over_it"]) for e in entries]
         lines.append(f"| {label} | {shown_n} | " + " | ".join(cells) + " |")
+    targets = [result[o]["target"] for o in objectives]
+    lines += [
+        "", f"## Target: the reward of best of {targets[0]['best_of']} at half of its tokens", "",
+        head.replace("| N |", "|") + "|",
+        "| tokens of early rejection, share of best of N's | "
+        + " | ".join(f"{target['tokens']:.2f}" for target in targets) + " |",
+        "| its gain, share of best of N's | "
+        + " | ".join(shown(target["gain"]).replace("+", "") for target in targets) + " |",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -345,11 +386,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axis, (objective, entry) in zip(axes[0], result.items()):
         for kind in ("reward", "value"):
             points = entry["best_of_n"]
-            x = [p[f"compute_by_{kind}"] for p in points]
+            x = [p["compute"] for p in points]
             axis.plot(x, [p[f"by_{kind}"]["mean"] for p in points], label=f"best of N by {kind}")
         for name, label in LABELS.items():
-            if name in ("value", "reward"):
-                continue  # a point of the lines
+            if name in ("value", "reward") or name not in entry:
+                continue  # a point of the lines, or not measured
             gain = entry[name]["gain"]
             error = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
             x = entry[name]["compute"]["total"]
@@ -368,13 +409,14 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--base", default="artifacts/smollm2")
-    add("--value-model", default="artifacts/value_model")
+    add("--heads", default="artifacts/heads")
+    add("--beams-model", help="with a state head; without it, no beams")
     add("--objectives", nargs="+", help="by default all")
-    add("--beta", type=float, default=8.0)
+    add("--beta", type=float, default=4.0)
     add("--top-k", type=int, default=40)
     add("--max-tokens", type=int, default=48)
     add("--prompts", type=int, default=24)
-    add("--plain-samples", type=int, default=24, help=f"a multiple of {N}")
+    add("--plain-samples", type=int, default=16, help=f"a multiple of {N}")
     add("--dtype", default="bfloat16")
     add("--artifacts", type=Path, default=Path("artifacts/search"))
     add("--out", type=Path, default=ROOT / "docs")
@@ -385,9 +427,10 @@ def main() -> None:
     jobs = collect(args, models)
     result = measure(models, jobs)
     parameters = {
-        "base": args.base, "value_model": args.value_model, "beta": args.beta,
+        "base": args.base, "heads": args.heads, "beams_model": args.beams_model, "beta": args.beta,
         "top_k": args.top_k, "max_tokens": args.max_tokens, "prompts": len(models.prompts),
         "plain_samples": args.plain_samples, "n": N, "value_share": models.value_share,
+        "early": {"n": MANY, "keep": KEEP},
         "seconds": {" ".join(map(str, job["job"])): job["seconds"] for job in jobs},
     }  # fmt: skip
     text = json.dumps({"parameters": parameters, "objectives": result}, indent=2)

@@ -10,6 +10,7 @@ A decoding step costs no pass of a network, and nothing is kept between steps. `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from .value_model import (
 
 DROPOUT = 0.1
 MIN_STD = 1e-6  # of a feature: one that never changes says nothing
+GUIDED, VALUED = 1, 2  # what a slot asks for, 0 for nothing
 
 
 class Ensemble(nn.Module):
@@ -249,6 +251,21 @@ def _advantages(query: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     return actions[..., :rank] @ query.transpose(-1, -2) + actions[..., rank:]
 
 
+def value_code(values: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Tokens that say `values`, `[...]` float32, in an answer of one token: `[...]` int64.
+
+    They order all values. A value of `v` standard deviations is said within
+    `pi (1 + v^2) / (2 vocab_size)`: 0.0003 at 3, with 100,000 tokens.
+    """
+    return ((values.atan() / math.pi + 0.5) * (vocab_size - 1)).round().long()
+
+
+def value_of_code(token: int, vocab_size: int) -> float:
+    """The value that a token of [`value_code`] says; infinite at the ends of the vocabulary."""
+    share = token / (vocab_size - 1) - 0.5
+    return math.copysign(math.inf, share) if abs(share) == 0.5 else math.tan(math.pi * share)
+
+
 def are_heads(models: Sequence[MAVISValueModel | MAVISValueHeads]) -> bool:
     """Whether value models that guide together read the base model's hidden state.
 
@@ -272,10 +289,10 @@ class Rows:
     Args:
         index: `[n]` int64, which rows of the logits; None for all of them.
         slots: `[n]` integer, the slot of each.
-        max_k: Largest number of candidates of a row.
+        max_k: Largest number of candidates of a row; 0 for rows that ask for a value.
         alike: Whether all rows have that many.
         limited: Whether some row has a KL budget.
-        every: Whether all rows are guided; else those that are not stay as they are.
+        every: Whether all rows are guided, or ask for a value; else others stay as they are.
     """
 
     index: torch.Tensor | None
@@ -313,7 +330,7 @@ class HeadGuide:
             ],
             dtype=np.float32,
         )
-        # A slot's weights; then beta, top_k, the KL budget, its temperature, whether it is guided.
+        # A slot's weights; then beta, top_k, the KL budget, its temperature, and what it asks for.
         self._params = np.zeros((num_slots, len(self.objectives) + 5), dtype=np.float32)
         self._params[:, -4:-1] = 1, np.inf, 1
         self._on_device: torch.Tensor | None = None
@@ -321,9 +338,10 @@ class HeadGuide:
     def start(self, slot: int, params: GuidanceParams) -> bool:
         """Begin a new sequence in `slot`; returns whether it is guided at all."""
         budget = np.inf if params.kl_budget is None else params.kl_budget
-        weights = np.multiply(params.weights, self._scale)
-        asked = (params.beta, params.top_k, budget, params.temperature, params.guides)
-        self._params[slot] = (*weights, *asked)
+        asked = (params.beta, params.top_k, budget, params.temperature, params.guides * GUIDED)
+        self._params[slot] = (*np.multiply(params.weights, self._scale), *asked)
+        if params.value_of is not None:  # in the place of beta; a value has no scale
+            self._params[slot] = (*params.weights, params.value_of, 1, np.inf, 1, VALUED)
         self._on_device = None
         return params.guides
 
@@ -338,17 +356,17 @@ class HeadGuide:
         Rows go together with those whose number of candidates has the same next power of two, so
         that none pays for a much larger one.
         """
-        guided, top_k = self._params[slots, -1] > 0, self._params[slots, -4].astype(np.int64)
-        sizes = np.where(guided, np.ceil(np.log2(top_k)), -1)
+        asks, top_k = self._params[slots, -1], self._params[slots, -4].astype(np.int64)
+        sizes = np.where(asks == GUIDED, np.ceil(np.log2(top_k)), -1 - asks)
         plans = []
-        for size in np.unique(sizes[guided]):
+        for size in np.unique(sizes[asks > 0]):
             index = np.flatnonzero(sizes == size)
             whole = len(index) == len(slots)
             plans.append(
                 Rows(
                     None if whole else self._to_device(index),
                     self._to_device(slots[index].astype(np.int64)),
-                    int(top_k[index].max()),
+                    int(top_k[index].max()) if size >= 0 else 0,
                     bool((top_k[index] == top_k[index[0]]).all()),
                     bool(np.isfinite(self._params[slots[index], -3]).any()),
                 )
@@ -357,14 +375,17 @@ class HeadGuide:
 
     def plan_on_device(self, slots: torch.Tensor, among: np.ndarray) -> list[Rows]:
         """How to guide rows whose slots `[n]` only the device knows, to be `among` these."""
-        guided = self._params[among, -1] > 0
-        if not guided.any():
-            return []
-        top_k = self._params[among, -4]
-        largest = top_k[guided].max()
-        limited = bool(np.isfinite(self._params[among, -3]).any())
-        alike = bool((top_k[guided] == largest).all())
-        return [Rows(None, slots, int(largest), alike, limited, bool(guided.all()))]
+        guided, valued = (self._params[among, -1] == asks for asks in (GUIDED, VALUED))
+        plans = []
+        if guided.any():
+            top_k = self._params[among, -4]
+            largest = top_k[guided].max()
+            limited = bool(np.isfinite(self._params[among, -3]).any())
+            alike = bool((top_k[guided] == largest).all())
+            plans.append(Rows(None, slots, int(largest), alike, limited, bool(guided.all())))
+        if valued.any():
+            plans.append(Rows(None, slots, 0, True, False, bool(valued.all())))
+        return plans
 
     @torch.inference_mode()
     def log_probs(
@@ -381,9 +402,7 @@ class HeadGuide:
             `candidates` `[n, k]` int64, `log pi` `[n, k]` float32, normalised, and the log-sum-exp
             of the row's own candidates' logits `[n, 1]`.
         """
-        if self._on_device is None:
-            self._on_device = self._to_device(self._params.copy())
-        params = self._on_device[rows.slots]
+        params = self._params_of(rows)
         weights, (beta, top_k, budget, temperature, _) = params[:, :-5], params[:, -5:].unbind(1)
         candidates, log_probs = top_candidates(
             logits, rows.max_k, None if rows.alike else top_k.long()
@@ -394,6 +413,25 @@ class HeadGuide:
         # The first candidate is every row's own, whatever the largest k of the batch.
         scale = logits.gather(1, candidates[:, :1]) - log_probs[:, :1]
         return candidates, log_policy, scale
+
+    @torch.inference_mode()
+    def values(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The weighted value `[n]` float32 of the token that each row asks of, after its prefix.
+
+        Args:
+            hidden: `[n, hidden_size]`.
+            rows: Of `max_k` 0.
+        """
+        params = self._params_of(rows)
+        # Rows that ask for no value may have any number there; what is read for them is not used.
+        tokens = params[:, -5].long().clamp(0, len(self.models[0].action_table) - 1)[:, None]
+        values = [model.candidate_values(hidden, tokens)[:, 0] for model in self.models]
+        return (torch.cat(values, dim=1) * params[:, :-5]).sum(1)
+
+    def _params_of(self, rows: Rows) -> torch.Tensor:
+        if self._on_device is None:
+            self._on_device = self._to_device(self._params.copy())
+        return self._on_device[rows.slots]
 
     def scores(
         self, hidden: torch.Tensor, candidates: torch.Tensor, weights: torch.Tensor
@@ -427,19 +465,23 @@ class HeadGuide:
 
         Other rows stay bit-identical. The candidates keep their joint log-sum-exp, so that
         penalties which the host applies afterwards see logits of the scale that they were made for.
+        Rows that ask for a value are left the one token that says it.
         """
         for rows in plans:
             part = logits if rows.index is None else logits[rows.index]
             read = hidden if rows.index is None else hidden[rows.index]
-            candidates, log_policy, scale = self.log_probs(part, read, rows)
-            tilted = log_policy + scale
+            if rows.max_k:
+                candidates, log_policy, scale = self.log_probs(part, read, rows)
+                tilted = log_policy + scale
+            else:
+                candidates = value_code(self.values(read, rows), part.shape[1])[:, None]
+                tilted = torch.zeros_like(part[:, :1])
             if rows.every:
                 part.fill_(-torch.inf).scatter_(1, candidates, tilted)
             else:
-                assert self._on_device is not None
-                guided = self._on_device[rows.slots, -1] > 0
+                asks = self._params_of(rows)[:, -1] == (GUIDED if rows.max_k else VALUED)
                 new = torch.full_like(part, -torch.inf).scatter_(1, candidates, tilted)
-                torch.where(guided[:, None], new, part, out=part)
+                torch.where(asks[:, None], new, part, out=part)
             if rows.index is not None:
                 logits[rows.index] = part
         return logits

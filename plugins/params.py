@@ -16,7 +16,7 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 PREFIX = "mavis_"
-ARGUMENTS = ("weights", "beta", "top_k", "kl_budget")
+ARGUMENTS = ("weights", "beta", "top_k", "kl_budget", "value_of")
 # Logits are float32. Rewards are standardised, so that values are of the order of 1 and a strength
 # of 100 leaves next to one token; at this one values of up to 1e32 still give finite logits.
 MAX_STRENGTH = 1e6
@@ -37,9 +37,11 @@ class GuidanceParams:
             no limit.
         temperature: At which `kl_budget` holds, 0.001 to 1,000: that at which the host samples.
             It changes nothing else.
+        value_of: A token. The request is then answered with one that says this token's weighted
+            value after the prompt, see [`value_code`][trimtab.plugins.heads]; None to guide.
 
     Raises:
-        ValueError: A field is no number or out of range.
+        ValueError: A field is no number or out of range, or a value is asked for without weights.
     """
 
     weights: tuple[float, ...]
@@ -47,6 +49,7 @@ class GuidanceParams:
     top_k: int = 40
     kl_budget: float | None = None
     temperature: float = 1.0
+    value_of: int | None = None
 
     def __post_init__(self) -> None:
         limit = MAX_STRENGTH
@@ -66,11 +69,15 @@ class GuidanceParams:
             object.__setattr__(self, "kl_budget", _kl_budget(self.kl_budget))
         temperature = check_number("temperature", self.temperature, 1e-3, 1e3)
         object.__setattr__(self, "temperature", temperature)
+        if self.value_of is not None:
+            check_integer("value_of", self.value_of, 0, MAX_TOP_K)
+            if not any(self.weights):
+                raise ValueError("value_of needs weights, and they are all 0: give one another")
 
     @property
     def guides(self) -> bool:
         """Whether the request's distribution changes at all."""
-        return self.beta > 0 and any(self.weights)
+        return (self.beta > 0 or self.value_of is not None) and any(self.weights)
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,8 @@ def request_params(
     Args:
         extra_args: May hold `mavis_weights` (an object, the same as JSON text, `name=value,…`, or
             a list in the server's order; objectives it leaves out get 0), `mavis_beta`,
-            `mavis_top_k` and `mavis_kl_budget`. Arguments of other names are not ours.
+            `mavis_top_k`, `mavis_kl_budget` and `mavis_value_of`. Arguments of other names are not
+            ours.
         objectives: The server's objectives, in order.
         defaults: Of what the request leaves out.
         max_top_k: Largest number of candidates that a request may ask for.
@@ -230,6 +238,9 @@ def read_request(
             given["kl_budget"] = _kl_budget(given["kl_budget"], text=True)
         if "top_k" in given:
             given["top_k"] = check_integer("top_k", given["top_k"], 1, max_top_k, text=True)
+        if "value_of" in given:
+            token = check_integer("value_of", given["value_of"], 0, MAX_TOP_K, text=True)
+            given["value_of"] = token
     except ValueError as error:
         raise ValueError(f"{PREFIX}{error}") from None
     return given

@@ -20,12 +20,11 @@ import torch
 
 from .engine import GIB, ValueEngine
 from .guidance import top_candidates
+from .heads import MAVISValueHeads, are_heads
 from .params import GuidanceParams, parse_weights
-from .transformers import MAVISLogitsProcessor, left_padding, open_value_models
+from .sampling import TransformersHost, VLLMHost, as_list, left_padded, sample
+from .transformers import check_base_model, left_padding, open_value_models
 from .value_model import MAVISValueConfig, MAVISValueModel, load_config
-
-# sample(prompts, n): `n` responses to every prompt, all as token ids.
-Sampler = Callable[[list[list[int]], int], list[list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,19 @@ class SearchOutput:
 
     Attributes:
         sequences: `[batch][n]` lists of token ids, without the prompt, with the end-of-sequence
-            token of those that ended. A search that found fewer than `n` returns fewer.
+            token of those that ended. A search that found or kept fewer than `n` returns fewer.
         scores: `[batch, n]` float32, by which they are ranked; `-inf` where there is none.
         values: `[batch, n, objectives]` float32, of the finished response under every objective,
             in standard deviations of its reward; NaN where it was not judged.
         log_probs: `[batch, n]` float32, of the response under the base model (beam search only).
+        num_tokens: `[batch]` int64, tokens of all responses that were begun (best-of-N only).
     """
 
     sequences: list[list[list[int]]]
     scores: torch.Tensor
     values: torch.Tensor
     log_probs: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
 
 
 def best_of_n(
@@ -53,8 +54,12 @@ def best_of_n(
     attention_mask: torch.Tensor | None = None,
     *,
     n: int,
-    value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str,
+    value_models: Sequence[MAVISValueModel | MAVISValueHeads | str]
+    | MAVISValueModel
+    | MAVISValueHeads
+    | str,
     weights: Mapping[str, float] | Sequence[float] | str,
+    keep: Mapping[int, int] | None = None,
     reward_funcs: Mapping[str, Callable[..., Sequence[float]]] | None = None,
     tokenizer: Any = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
@@ -64,6 +69,8 @@ def best_of_n(
     """Sample `n` responses to every prompt and rank them by their weighted value or reward.
 
     Responses come from the base model, or from the token-guided policy if `generate_kwargs` say so.
+    Value heads say on the way which of them fall behind: those are dropped as `keep` says, for
+    about the best reward of all `n` at a part of their tokens.
 
     Args:
         generator: A transformers model, a `vllm.LLM`, or a function of the prompts' token ids and
@@ -72,8 +79,14 @@ def best_of_n(
         attention_mask: `[batch, length]`, 1 for tokens and 0 for padding; with a padded tensor.
         n: Number of responses to a prompt.
         value_models: Value models, or folders or hub ids of them. The value of a response is that
-            of its last token as the candidate at its prefix, whatever the head.
+            of its last token as the candidate at its prefix, whatever the head. Those of heads are
+            read while the responses are sampled: with vLLM, from an `LLM` that guides by them.
         weights: Weight of each objective by name, absent ones 0; or a list in the models' order.
+        keep: Early rejection, for heads: `{12: 8, 24: 4}` goes on after 12 tokens with the 8
+            responses to a prompt that have the highest weighted value, after 24 with 4. Those that
+            have ended by then stay, and take no other's place. Needs `max_new_tokens` with
+            transformers. With vLLM a response goes on in a further request, so the `LLM` should
+            have `enable_prefix_caching` on.
         reward_funcs: By objective, functions with the signature of TRL's GRPO reward functions,
             `f(prompts, completions, completion_ids, **columns)`: judge by them instead,
             standardised with the value models' `reward_mean` and `reward_std`.
@@ -81,13 +94,14 @@ def best_of_n(
         columns: For the reward functions, further arguments with one entry per prompt. `prompts`
             among them replaces the decoded prompts; where they are conversations, completions are
             conversations too.
-        dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
+        dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere. Heads are
+            float32.
         generate_kwargs: For `generator.generate`. With transformers sampling is on unless they say
             otherwise, and a `MAVISLogitsProcessor` among `logits_processor` is given the batch's
             mask. With vLLM: `sampling_params`, a `SamplingParams` whose `n` is replaced.
 
     Returns:
-        All `n` responses of every prompt, ranked.
+        All `n` responses of every prompt, or those that were kept, ranked.
 
     Raises:
         ValueError: An argument is out of range or missing, an objective is unknown or has no reward
@@ -97,19 +111,18 @@ def best_of_n(
     Example:
 
         best = best_of_n(
-            model, **inputs, n=4, value_models=["value_model"], weights={"helpful": 1.0},
-            max_new_tokens=128, top_k=40,
+            model, **inputs, n=24, value_models=["heads"], weights={"helpful": 1.0},
+            keep={3: 10, 6: 8, 12: 6}, max_new_tokens=48, top_k=40,
         )
         tokenizer.batch_decode([ranked[0] for ranked in best.sequences])
     """
     _at_least_one("n", n)
     prompts = _prompts(input_ids, attention_mask)
-    if isinstance(value_models, (str, MAVISValueModel)):
+    if isinstance(value_models, (str, MAVISValueModel, MAVISValueHeads)):
         value_models = [value_models]
-    if reward_funcs is None:
-        make_engine, configs = _open(value_models, dtype, generator)
-    else:
-        configs = [load_config(m) if isinstance(m, str) else m.config for m in value_models]
+    if not value_models:
+        raise ValueError("value_models is empty: give at least one value model")
+    configs = [load_config(m) if isinstance(m, str) else m.config for m in value_models]
     objectives = [name for config in configs for name in config.objectives or ()]
     weight = torch.tensor(parse_weights(weights, objectives))
     if not weight.any():
@@ -120,26 +133,50 @@ def best_of_n(
             raise ValueError(f"reward_funcs has no function for {missing}, got {[*reward_funcs]}")
         if tokenizer is None:
             raise ValueError("reward_funcs judge text: give the tokenizer that decodes it")
-
-    responses = _sampler(generator, generate_kwargs)(prompts, n)
-    if len(responses) != len(prompts) or any(len(of_prompt) != n for of_prompt in responses):
+    if keep is not None and any(config.head_type != "hidden" for config in configs):
         raise ValueError(
-            f"the generator must return {n} responses to each of {len(prompts)} prompts, got "
-            f"{[len(of_prompt) for of_prompt in responses]}"
+            "keep drops responses by values that cost nothing, and the value models for "
+            f"{objectives} have a backbone: train heads (head_type 'hidden')"
         )
-    flat = [response for of_prompt in responses for response in of_prompt]
-    if reward_funcs is None:
-        texts = [prompts[i // n] + response for i, response in enumerate(flat)]
-        values = _final_values(make_engine, texts)
+    rounds = _rounds(keep, n)
+    models: list[Any] = []
+    if reward_funcs is None or rounds:  # else no value is read
+        make_engine, models = _open(value_models, dtype, generator)
+    heads = models if are_heads(models) else []
+    host = _host(generator, prompts, n, heads, weight, rounds, generate_kwargs)
+    if host is not None:
+        read_all = bool(heads) and reward_funcs is None
+        found, num_tokens = sample(host, len(prompts), n, rounds, weight, read_all)
+        responses = [[response.tokens for response in of_prompt] for of_prompt in found]
     else:
-        values = _rewards(reward_funcs, configs, tokenizer, columns or {}, prompts, flat, n)
-    values = values.view(len(prompts), n, len(objectives))
-    scores = values.nan_to_num() @ weight
+        responses = generator(prompts, n)
+        if len(responses) != len(prompts) or any(len(of_prompt) != n for of_prompt in responses):
+            raise ValueError(
+                f"the generator must return {n} responses to each of {len(prompts)} prompts, got "
+                f"{[len(of_prompt) for of_prompt in responses]}"
+            )
+        num_tokens = torch.tensor([sum(map(len, of_prompt)) for of_prompt in responses])
+    flat = [(i, response) for i, of_prompt in enumerate(responses) for response in of_prompt]
+    if reward_funcs is not None:
+        judged = _rewards(reward_funcs, configs, tokenizer, columns or {}, prompts, flat)
+    elif heads:
+        judged = torch.stack([r.values for of_prompt in found for r in of_prompt])
+    else:
+        judged = _final_values(make_engine, [prompts[i] + response for i, response in flat])
+    values = torch.full((len(prompts), n, len(objectives)), math.nan)
+    scores = torch.full((len(prompts), n), -math.inf)
+    rows = torch.tensor([i for i, _ in flat])
+    ranks = torch.tensor([rank for of_prompt in responses for rank in range(len(of_prompt))])
+    values[rows, ranks] = judged
+    scores[rows, ranks] = judged.nan_to_num() @ weight
     order = scores.argsort(dim=1, descending=True, stable=True)
     return SearchOutput(
-        sequences=[[of[i] for i in ranks] for of, ranks in zip(responses, order.tolist())],
+        sequences=[
+            [of[i] for i in ranks[: len(of)]] for of, ranks in zip(responses, order.tolist())
+        ],
         scores=scores.gather(1, order),
         values=values.gather(1, order[..., None].expand_as(values)),
+        num_tokens=num_tokens,
     )
 
 
@@ -195,14 +232,20 @@ def beam_search(
     _at_least_one("num_beams", num_beams)
     _at_least_one("max_new_tokens", max_new_tokens)
     prompts = _prompts(input_ids, attention_mask)
-    make_engine, configs = _open(value_models, dtype, model)
+    make_engine, models = _open(value_models, dtype, model)
+    if are_heads(models):
+        raise ValueError(
+            "beam_search values candidates by a model that has a backbone (head_type 'state'), and "
+            f"these are heads: {[list(m.config.objectives) for m in models]}"
+        )
+    configs = [m.config for m in models]
     objectives = [name for config in configs for name in config.objectives or ()]
     params = GuidanceParams(
         weights=parse_weights(weights, objectives),
         beta=beta,
         top_k=max(config.top_k for config in configs) if top_k is None else top_k,
     )
-    eos_ids = _eos_token_ids(model) if eos_token_id is None else _as_list(eos_token_id)
+    eos_ids = _eos_token_ids(model) if eos_token_id is None else as_list(eos_token_id)
     eos = torch.tensor(eos_ids, dtype=torch.int64)
     engine = make_engine(
         num_slots=len(prompts) * num_beams, max_length=max(map(len, prompts)) + max_new_tokens
@@ -360,7 +403,7 @@ class _TransformersProposer:
             parents: Which one.
         """
         if self.cache is None:
-            input_ids, self.mask = _left_padded(texts, self.model.device)
+            input_ids, self.mask = left_padded(texts, self.model.device)
         else:
             input_ids = torch.tensor([text[-1:] for text in texts], device=self.model.device)
             if parents != list(range(len(self.mask))):
@@ -418,53 +461,55 @@ class _VLLMProposer:
         return candidates, steps.log_softmax(-1)
 
 
-def _sampler(generator: Any, kwargs: dict[str, Any]) -> Sampler:
+def _host(
+    generator: Any,
+    prompts: list[list[int]],
+    n: int,
+    heads: list[MAVISValueHeads],
+    weight: torch.Tensor,
+    rounds: list[tuple[int, int]],
+    options: dict[str, Any],
+) -> TransformersHost | VLLMHost | None:
+    """What samples, None if the generator is a function."""
     if _is_vllm(generator):
-        return lambda prompts, n: _sample_vllm(generator, prompts, n, **kwargs)
+        configs = [model.config for model in heads]
+        return VLLMHost(generator, prompts, n, configs, weight, rounds, options)
     if hasattr(generator, "generate"):
-        return lambda prompts, n: _sample_transformers(generator, prompts, n, kwargs)
+        return TransformersHost(generator, prompts, heads, rounds, options)
     if not callable(generator):
         raise TypeError(
             "generator must be a transformers model, a vllm.LLM or a function of the prompts and "
             f"n, got {generator!r}"
         )
-    if kwargs:
-        raise ValueError(f"{sorted(kwargs)} are for `generate`, which a function does not have")
-    return generator
+    if options:
+        raise ValueError(f"{sorted(options)} are for `generate`, which a function does not have")
+    if heads:
+        raise ValueError(
+            "value heads read the model that samples, which a function does not show: give a "
+            "transformers model or a vllm.LLM, or judge by reward_funcs without keep"
+        )
+    return None
 
 
-def _sample_vllm(
-    llm: Any, prompts: list[list[int]], n: int, sampling_params: Any = None, **kwargs: Any
-) -> list[list[list[int]]]:
-    params = (sampling_params or llm.get_default_sampling_params()).clone()
-    params.n = n
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, **kwargs)
-    return [[list(response.token_ids) for response in output.outputs] for output in outputs]
-
-
-def _sample_transformers(
-    model: Any, prompts: list[list[int]], n: int, kwargs: dict[str, Any]
-) -> list[list[list[int]]]:
-    kwargs = {"do_sample": True, **kwargs}
-    input_ids, mask = _left_padded(prompts, model.device)
-    for processor in kwargs.get("logits_processor") or ():
-        if isinstance(processor, MAVISLogitsProcessor):
-            processor.attention_mask = mask
-    eos = _as_list(kwargs.get("eos_token_id", _eos_token_ids(model)))
-    if eos:
-        kwargs.setdefault("pad_token_id", eos[0])  # never seen: what follows the end is cut off
-    output = model.generate(
-        input_ids=input_ids, attention_mask=mask, num_return_sequences=n, **kwargs
-    )
-    output = getattr(output, "sequences", output)[:, input_ids.shape[1] :].tolist()
-    flat = [_cut(response, eos) for response in output]
-    return [flat[i : i + n] for i in range(0, len(flat), n)]
-
-
-def _cut(response: list[int], eos: list[int]) -> list[int]:
-    """The response up to and with its end-of-sequence token, which may be the padding, too."""
-    ends = (i for i, token in enumerate(response, start=1) if token in eos)
-    return response[: next(ends, None)]
+def _rounds(keep: Mapping[int, int] | None, n: int) -> list[tuple[int, int]]:
+    """`keep` in order, without what drops nothing."""
+    rounds: list[tuple[int, int]] = []
+    if not isinstance(keep, (Mapping, type(None))):
+        raise ValueError(f"keep must map numbers of tokens to numbers of responses, got {keep!r}")
+    for length, count in (keep or {}).items():
+        _at_least_one("a number of tokens in keep", length)
+        _at_least_one(f"keep[{length}]", count)
+    before = n
+    for length, count in sorted((keep or {}).items()):
+        if count > before:
+            raise ValueError(
+                f"keep[{length}] must be at most {before}, the number of responses that there are "
+                f"by then, got {count}"
+            )
+        if count < before:
+            rounds.append((length, count))
+        before = count
+    return rounds
 
 
 def _final_values(make_engine: Callable[..., ValueEngine], texts: list[list[int]]) -> torch.Tensor:
@@ -488,18 +533,21 @@ def _rewards(
     tokenizer: Any,
     columns: Mapping[str, Sequence[Any]],
     prompts: list[list[int]],
-    responses: list[list[int]],
-    n: int,
+    responses: list[tuple[int, list[int]]],
 ) -> torch.Tensor:
-    """Standardised rewards `[batch * n, objectives]`, float32; NaN for those without a function."""
+    """Standardised rewards `[len(responses), objectives]`, float32; NaN where there is no function.
+
+    `responses` are pairs with the index of the prompt.
+    """
     columns = {"prompts": tokenizer.batch_decode(prompts, skip_special_tokens=True), **columns}
     for name, column in columns.items():
         if len(column) != len(prompts):
             raise ValueError(
                 f"columns[{name!r}] has {len(column)} entries for {len(prompts)} prompts"
             )
-    repeated = {name: [x for x in column for _ in range(n)] for name, column in columns.items()}
-    completions = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    repeated = {name: [column[i] for i, _ in responses] for name, column in columns.items()}
+    completion_ids = [response for _, response in responses]
+    completions = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     if not isinstance(columns["prompts"][0], str):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     judged = []
@@ -509,7 +557,7 @@ def _rewards(
                 judged.append([math.nan] * len(responses))
                 continue
             rewards = reward_funcs[name](
-                completions=completions, completion_ids=responses, **repeated
+                completions=completions, completion_ids=completion_ids, **repeated
             )
             rewards = [float(reward) for reward in rewards]
             if len(rewards) != len(responses) or not all(map(math.isfinite, rewards)):
@@ -546,20 +594,15 @@ def _prompts(
     return prompts
 
 
-def _left_padded(texts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, `[batch, longest]` int64."""
-    longest = max(map(len, texts))
-    input_ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
-    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-    return input_ids.to(device), mask.to(device)
-
-
 def _open(
-    value_models: Sequence[MAVISValueModel | str] | MAVISValueModel | str,
+    value_models: Sequence[MAVISValueModel | MAVISValueHeads | str]
+    | MAVISValueModel
+    | MAVISValueHeads
+    | str,
     dtype: torch.dtype | None,
     generator: Any,
-) -> tuple[Callable[..., ValueEngine], list[MAVISValueConfig]]:
-    """What makes an engine of the value models beside the generator, and their configurations."""
+) -> tuple[Callable[..., ValueEngine], list[Any]]:
+    """What makes an engine of the value models beside the generator, and they themselves."""
     if hasattr(generator, "device"):
         device = torch.device(generator.device)
     else:
@@ -579,8 +622,10 @@ def _open(
                 f"{model.config.vocab_size} tokens, the base model has {vocab_size}: "
                 "train value models on this base model"
             )
+        if model.config.head_type == "hidden" and hasattr(generator, "config"):
+            check_base_model(model.config, generator)
     make_engine = partial(ValueEngine, models, device=device, dtype=dtype, kv_cache_memory=GIB)
-    return make_engine, [model.config for model in models]
+    return make_engine, models
 
 
 def _is_vllm(generator: Any) -> bool:
@@ -591,13 +636,7 @@ def _eos_token_ids(model: Any) -> list[int]:
     if _is_vllm(model):
         stop = model.get_default_sampling_params().stop_token_ids or []
         return [model.get_tokenizer().eos_token_id, *stop]
-    return _as_list(model.generation_config.eos_token_id)
-
-
-def _as_list(eos_token_id: int | Sequence[int] | None) -> list[int]:
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    return as_list(model.generation_config.eos_token_id)
 
 
 def _at_least_one(name: str, value: int) -> None:

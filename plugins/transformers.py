@@ -111,7 +111,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
                     "candidates at once: leave it at 0"
                 )
             for config in configs:
-                _check_base_model(config, model)
+                check_base_model(config, model)
             self._watched = OutputLayerInput(model)
         self._forget()
 
@@ -265,7 +265,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         return np.repeat(padding, batch // len(mask))
 
 
-def _check_base_model(config: Any, model: Any) -> None:
+def check_base_model(config: Any, model: Any) -> None:
     """Refuses heads of another checkpoint than `model` was loaded from."""
     name = model.config.name_or_path
     if config.base_model_fingerprint != base_model_fingerprint(model.config):
@@ -284,7 +284,10 @@ def _check_base_model(config: Any, model: Any) -> None:
 
 
 def open_value_models(
-    value_models: Sequence[MAVISValueModel | MAVISValueHeads | str] | MAVISValueModel | str,
+    value_models: Sequence[MAVISValueModel | MAVISValueHeads | str]
+    | MAVISValueModel
+    | MAVISValueHeads
+    | str,
     dtype: torch.dtype,
 ) -> list[Any]:
     """Value models that guide together, loaded where they are given by folder or hub id.
@@ -292,7 +295,7 @@ def open_value_models(
     Raises:
         ValueError: There is none, one cannot be loaded, or two have an objective of one name.
     """
-    if isinstance(value_models, (str, MAVISValueModel)):
+    if isinstance(value_models, (str, MAVISValueModel, MAVISValueHeads)):
         value_models = [value_models]
     loaded = iter(load_value_models([m for m in value_models if isinstance(m, str)], dtype))
     models = [next(loaded) if isinstance(m, str) else m for m in value_models]

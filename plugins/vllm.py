@@ -48,6 +48,7 @@ from .hidden_states import (
 )
 from .params import GuidanceConfig, GuidanceParams, argument, read_request, request_params
 from .value_model import (
+    MAVISValueConfig,
     MAVISValueModel,
     base_model_fingerprint,
     load_config,
@@ -68,6 +69,7 @@ class Serving:
     config: GuidanceConfig
     objectives: tuple[str, ...]
     defaults: GuidanceParams
+    configs: tuple[MAVISValueConfig, ...]
 
     def params(self, sampling_params: SamplingParams) -> GuidanceParams:
         """One request's parameters.
@@ -81,6 +83,17 @@ class Serving:
         params = request_params(
             sampling_params.extra_args, self.objectives, self.defaults, self.config.max_top_k
         )
+        if params.value_of is not None:
+            vocab_size = self.configs[0].vocab_size
+            if any(config.head_type != "hidden" for config in self.configs):
+                raise ValueError(
+                    "mavis_value_of: values are read from the served model's hidden state, and "
+                    "this server's value models have a backbone; serve heads (head_type 'hidden')"
+                )
+            if params.value_of >= vocab_size:
+                raise ValueError(
+                    f"mavis_value_of must be a token below {vocab_size}, got {params.value_of}"
+                )
         if params.kl_budget is None or not sampling_params.temperature:
             return params
         return replace(params, temperature=sampling_params.temperature)
@@ -90,9 +103,10 @@ class Serving:
 def _serving(config_json: str) -> Serving:
     config = GuidanceConfig.from_dict(json.loads(config_json))
     objectives: list[str] = []
-    top_k = []
+    top_k, configs = [], []
     for name, path in config.value_models:
         model_config = load_config(path)
+        configs.append(model_config)
         names = list(model_config.objectives or [])
         # A name in the server's config is a single-objective model's name there.
         objectives += [name] if name is not None and len(names) == 1 else names
@@ -102,7 +116,8 @@ def _serving(config_json: str) -> Serving:
             f"mavis config: two value models have an objective of the same name ({objectives}); "
             'give single-objective models other names: "value_models": {"NAME": "PATH", ...}'
         )
-    return Serving(config, tuple(objectives), config.default_params(objectives, max(top_k)))
+    defaults = config.default_params(objectives, max(top_k))
+    return Serving(config, tuple(objectives), defaults, tuple(configs))
 
 
 def serving(vllm_config: VllmConfig) -> Serving:

@@ -15,7 +15,7 @@ import torch
 import wordfreq
 
 from benchmarks import _published, choose_trees, iterations, search
-from tests.conftest import make_tokenizer, make_value_model
+from tests.conftest import make_heads, make_tokenizer, make_value_model
 from tests.reference import Reference
 from tests.trainers.test_rollouts import grow
 from trimtab.plugins import MAVISValueModel, ValueEngine
@@ -108,9 +108,11 @@ def test_search_is_measured_once_and_read_again(tmp_path, base_model):
     base = shutil.copytree(base_model, tmp_path / "base")
     make_tokenizer(words).save_pretrained(base)
     values = make_value_model(tmp_path / "values", base_model, ["readability", "rarity"])
+    heads = make_heads(tmp_path / "heads", base_model, ["readability", "rarity"])
     command = [
-        sys.executable, ROOT / "benchmarks/search.py", "--base", base, "--value-model", values,
-        "--prompts", "3", "--plain-samples", "8", "--max-tokens", "12", "--top-k", "20",
+        sys.executable, ROOT / "benchmarks/search.py", "--base", base, "--heads", heads,
+        "--beams-model", values,
+        "--prompts", "3", "--plain-samples", "8", "--max-tokens", "26", "--top-k", "20",
         "--dtype", "float32", "--artifacts", tmp_path / "artifacts", "--out", tmp_path / "docs",
     ]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True)
@@ -123,6 +125,7 @@ def test_search_is_measured_once_and_read_again(tmp_path, base_model):
         assert by_reward[0] == pytest.approx(0, abs=1e-9) and by_reward == sorted(by_reward)
         assert entry["reward"]["gain"]["mean"] == pytest.approx(by_reward[3])
         assert entry["guided reward"]["gain"]["mean"] >= entry["guided"]["gain"]["mean"]
+        assert entry["target"]["best_of"] == 8 and 0 < entry["target"]["tokens"] * 8 < 16
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stdout == first.stdout
     assert (tmp_path / "artifacts/responses.jsonl").read_text() == answers

@@ -21,9 +21,9 @@ from trimtab.plugins import (
     MAVISValueConfig,
     MAVISValueHeads,
     MAVISValueModel,
-    best_of_n,
+    beam_search,
 )
-from trimtab.plugins.heads import HeadGuide
+from trimtab.plugins.heads import HeadGuide, value_code
 from trimtab.plugins.hidden_states import (
     OutputLayerInput,
     check_checkpoint,
@@ -157,13 +157,16 @@ def test_several_heads_and_a_kl_budget(tmp_path, base, base_model, heads):
 
 def test_rows_of_other_parameters_and_unguided_ones_share_a_batch(base, reference, heads):
     """Few candidates, many, none; by slots of the host and by slots that the device alone knows."""
-    guide = HeadGuide([MAVISValueModel.load(str(heads))], 5, torch.device("cpu"))
+    heads = MAVISValueModel.load(str(heads))
+    heads.config.candidate_scale = [0.5, 2.0]  # of guidance only
+    guide = HeadGuide([heads], 6, torch.device("cpu"))
     asked = [((1.0, 0.0), 3), ((0.5, -1.0), 40), ((0.0, 0.0), 8), ((0.0, 1.0), 4)]
+    guide.start(5, GuidanceParams((1.0, -0.5), beta=0, top_k=1, value_of=17))
     for slot, (weights, top_k) in enumerate(asked, start=1):
         guided = guide.start(slot, GuidanceParams(weights, BETA, top_k))
         assert guided == any(weights)
-    prefixes = [*PROMPTS, [50, 51], [7, 8, 9]]
-    slots = np.array([2, 3, 1, 4, 2])
+    prefixes = [*PROMPTS, [50, 51], [7, 8, 9], [30, 31]]
+    slots = np.array([2, 3, 1, 4, 2, 5])
     watched = OutputLayerInput(base)
     logits, hidden = [], []
     for prefix in prefixes:
@@ -171,16 +174,22 @@ def test_rows_of_other_parameters_and_unguided_ones_share_a_batch(base, referenc
         hidden.append(watched.take()[0])
     raw, hidden = torch.stack(logits).detach(), torch.stack(hidden)
     plan = guide.plan(slots)
-    assert sorted((rows.max_k, len(rows.slots)) for rows in plan) == [(4, 2), (40, 2)]
-    on_device = guide.plan_on_device(torch.from_numpy(slots).int(), np.array([1, 2, 3, 4]))
+    assert sorted((rows.max_k, len(rows.slots)) for rows in plan) == [(0, 1), (4, 2), (40, 2)]
+    on_device = guide.plan_on_device(torch.from_numpy(slots).int(), np.array([1, 2, 3, 4, 5]))
+    value = heads.candidate_values(hidden[-1:], torch.tensor([[17]]))[0, 0]
+    said = value_code(value @ torch.tensor([1.0, -0.5]), 96)
     for plans in (plan, on_device):
         out = guide.apply(raw.clone(), hidden, plans)
         for row, prefix, before, slot in zip(out, prefixes, raw, slots):
+            if slot == 5:
+                assert row.isfinite().nonzero().tolist() == [[said]]
+                continue
             weights, top_k = asked[slot - 1]
+            scaled = (0.5 * weights[0], 2 * weights[1])
             if not any(weights):
                 assert row.equal(before)
                 continue
-            policy = reference.distribution(prefix, weights, BETA, top_k)
+            policy = reference.distribution(prefix, scaled, BETA, top_k)
             assert row.isfinite().sum() == top_k
             probabilities = row.softmax(0)
             for token, p in policy.items():
@@ -194,15 +203,16 @@ def test_a_step_never_waits_for_the_device(heads, monkeypatch):
     """A meta device holds no data, so that reading any of it back is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # it has none
     meta = torch.device("meta")
-    guide = HeadGuide([MAVISValueModel.load(str(heads))], 4, meta)
+    guide = HeadGuide([MAVISValueModel.load(str(heads))], 5, meta)
     for slot in range(3):
         guide.start(slot, GuidanceParams((1, 0.5), top_k=7 + 9 * slot, kl_budget=0.1 + slot))
-    logits, hidden = torch.empty(6, 96, device=meta), torch.empty(6, 64, device=meta)
-    slots = np.array([2, 0, 3, 1, 0, 2])
+    guide.start(4, GuidanceParams((1, 0.5), value_of=9))
+    logits, hidden = torch.empty(7, 96, device=meta), torch.empty(7, 64, device=meta)
+    slots = np.array([2, 0, 3, 1, 0, 2, 4])
     mixed = guide.plan(slots)
-    assert len(mixed) == 3
-    on_device = torch.empty(6, dtype=torch.int32, device=meta)
-    for plans in (mixed, guide.plan_on_device(on_device, np.arange(4))):
+    assert len(mixed) == 4
+    on_device = torch.empty(7, dtype=torch.int32, device=meta)
+    for plans in (mixed, guide.plan_on_device(on_device, np.arange(5))):
         assert guide.apply(logits, hidden, plans).device == meta
 
 
@@ -297,12 +307,9 @@ def test_what_heads_do_not_do_is_refused(base, heads, value_model, tmp_path, opt
         MAVISLogitsProcessor(models, weights={}, **options)
 
 
-def test_searches_refuse_heads(base, heads):
-    with pytest.raises(ValueError, match="read the base model's hidden state and run no model"):
-        best_of_n(
-            base, torch.tensor(PROMPTS[:1]), value_models=[str(heads)], weights=WEIGHTS, n=2,
-            max_new_tokens=2,
-        )  # fmt: skip
+def test_beams_refuse_heads(base, heads):
+    with pytest.raises(ValueError, match=r"a backbone .*, and these are heads: \[\['sweet', 'sour"):
+        beam_search(base, PROMPTS, value_models=[str(heads)], weights=WEIGHTS)
 
 
 def test_a_truncated_file_is_refused(tmp_path, heads):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.plugins.params import (
+    ARGUMENTS,
     GuidanceConfig,
     GuidanceParams,
     check_objective_name,
@@ -96,6 +97,9 @@ NESTED = json.loads("[" * 500 + "]" * 500)
         ({"mavis_kl_budget": 0}, "mavis_kl_budget must be a number from 1e-06 .*nats"),
         ({"mavis_kl_budget": 1e-50}, "mavis_kl_budget must be a number"),
         ({"mavis_kl_budget": math.inf}, "mavis_kl_budget must be a number"),
+        ({"mavis_value_of": -1}, "mavis_value_of must be an integer from 0"),
+        ({"mavis_value_of": "last"}, "mavis_value_of must be an integer from 0 .*, got 'last'"),
+        ({"mavis_value_of": 3, "mavis_weights": "helpful=0"}, "mavis_value_of needs weights"),
     ],
 )
 def test_a_bad_argument_is_refused_by_name(extra_args, message):
@@ -270,7 +274,7 @@ def assert_finite(found: GuidanceParams) -> None:
 @given(
     st.dictionaries(
         st.one_of(
-            st.sampled_from(["mavis_weights", "mavis_beta", "mavis_top_k", "mavis_kl_budget"]),
+            st.sampled_from([f"mavis_{name}" for name in ARGUMENTS]),
             st.text(max_size=12),
             st.integers(),
         ),

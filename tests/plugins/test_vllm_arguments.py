@@ -154,6 +154,21 @@ def test_a_wrong_request_that_reaches_the_worker_goes_on_unguided(
     assert "mavis_beta must be a number from 0 to 1e+06, got -1" in said[0]
 
 
+def test_values_are_asked_of_heads_only(value_model, heads):
+    from trimtab.plugins.vllm import serving
+
+    def read(model, token):
+        config = SimpleNamespace(additional_config={"mavis": {"value_models": [str(model)]}})
+        return serving(config).params(sampling((1.0, -0.5), extra_args={"mavis_value_of": token}))
+
+    found = read(heads, "95")
+    assert (found.weights, found.value_of, found.guides) == ((1.0, -0.5), 95, True)
+    with pytest.raises(ValueError, match="mavis_value_of must be a token below 96, got 96"):
+        read(heads, 96)
+    with pytest.raises(ValueError, match=r"mavis_value_of: .* value models have a backbone; serve"):
+        read(value_model, 5)
+
+
 def test_memory_profiling_guides_every_slot_at_once(base_model, value_model):
     """As vLLM 0.33's V2 runner does before the first request, with requests of its own."""
     from vllm import SamplingParams

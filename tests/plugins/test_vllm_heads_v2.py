@@ -17,6 +17,7 @@ from scipy.stats import chisquare
 
 from tests.conftest import EOS
 from tests.reference import Reference
+from trimtab.plugins.heads import value_code
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a GPU the V2 runner needs no interpreter"
@@ -53,11 +54,11 @@ llm = LLM(
 
 def generate(jobs, **options):
     params = [
-        SamplingParams(max_tokens=n, extra_args={"mavis_weights": w, "mavis_top_k": k},
+        SamplingParams(max_tokens=n, extra_args={"mavis_weights": w, "mavis_top_k": k, **more},
                        prompt_logprobs=1 if len(p) == 3 and not speculation else None, **options)
-        for p, w, k, n in jobs
+        for p, w, k, n, *more in jobs for more in [dict(*more)]
     ]
-    prompts = [{"prompt_token_ids": p} for p, _, _, _ in jobs]
+    prompts = [{"prompt_token_ids": p} for p, *_ in jobs]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [[list(o.token_ids) for o in output.outputs] for output in outputs]
 
@@ -98,13 +99,15 @@ def run(folder, base_model, heads, speculation, jobs, draws):
 
 @pytest.mark.parametrize("method", [None, "draft_model"])
 def test_tokens_are_those_of_the_plain_computation(tmp_path, base_model, heads, method):
-    """Guided and unguided requests of several `top_k`, whose prompts repeat themselves."""
+    """Guided requests of several `top_k`, unguided ones and values; prompts repeat themselves."""
     jobs = [
         ([5, 6, 7], [1.0, 0.0], 8, 12),
         ([10, 11, 12, 13] * 4, [0.0, 1.0], 3, 12),
         ([8, 9] * 5, [0.0, 0.0], 8, 8),
         ([60, 61, 62, 60, 61, 62, 60], [0.5, -1.0], 20, 12),
         ([70] * 6, [1.0, 1.0], 8, 12),
+        ([5, 6], [1.0, -0.5], 8, 1, {"mavis_value_of": 7}),
+        ([20, 21] * 3, [0.0, 1.0], 8, 1, {"mavis_value_of": 20}),
     ]
     # vLLM 0.32's kernel for n-grams does not run in the interpreter.
     draft = {"model": str(base_model), "num_speculative_tokens": 2}
@@ -112,7 +115,15 @@ def test_tokens_are_those_of_the_plain_computation(tmp_path, base_model, heads, 
     draws = [([20, 21] * 3, [0.5, -1.0], 4, 2)] if method else []
     greedy, drawn, accepted = run(tmp_path, base_model, heads, speculation, jobs, draws)
     reference = Reference(base_model, [heads])
-    for (prompt, weights, top_k, length), got in zip(jobs, greedy):
+    for (prompt, weights, top_k, length, *value), got in zip(jobs, greedy):
+        if value:
+            hidden = reference.base(torch.tensor([prompt]), output_hidden_states=True)
+            token = torch.tensor([[value[0]["mavis_value_of"]]])
+            of_objective = reference.values[0].candidate_values(
+                hidden.hidden_states[-1][:, -1], token
+            )
+            assert got == value_code(of_objective[0] @ torch.tensor(weights), 96).tolist()
+            continue
         k = top_k if any(weights) else 1
         assert got == reference.greedy(prompt, length, weights, BETA, k, eos=EOS)
     if method is None:
