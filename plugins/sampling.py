@@ -8,6 +8,7 @@ values; `sample` decides which go on.
 from __future__ import annotations
 
 import inspect
+import math
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -324,6 +325,8 @@ class VLLMHost:
                 max_tokens=1,
                 ignore_eos=True,
                 detokenize=False,
+                # What it is answered with where a step has failed: the end that no value reaches.
+                allowed_token_ids=[0],
                 extra_args={
                     "mavis_weights": self.one_hot[i],
                     "mavis_value_of": response.tokens[-1],
@@ -337,8 +340,10 @@ class VLLMHost:
         for response in responses:
             response.values = torch.full(self.weight.shape, torch.nan)
         for (response, i), output in zip(asked, outputs, strict=True):
-            code = output.outputs[0].token_ids[0]
-            response.values[i] = value_of_code(code, vocab_size)
+            value = value_of_code(output.outputs[0].token_ids[0], vocab_size)
+            if value == -math.inf:
+                raise RuntimeError("vLLM's engine has not read a value; its log says why")
+            response.values[i] = value
 
 
 def _served_objectives(llm: Any, configs: Sequence[MAVISValueConfig]) -> list[list[float]]:

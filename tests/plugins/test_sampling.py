@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import EOS, make_heads, make_tokenizer, make_value_model
 from tests.reference import Reference
 from trimtab.plugins import MAVISValueHeads, best_of_n
-from trimtab.plugins.heads import value_code, value_of_code
+from trimtab.plugins.heads import HeadGuide, value_code, value_of_code
 from trimtab.plugins.sampling import left_padded
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
@@ -274,6 +274,27 @@ def test_early_rejection_in_vllm(llm, base_model, heads, guided):
                         prompt + response[:t], (1.0, -0.5), 2.0, 20
                     )
                     assert token in policy
+
+
+def test_a_value_that_was_not_read_is_no_value(base_model, heads, monkeypatch):
+    from vllm import SamplingParams
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the step can be made fail
+    llm = make_llm(
+        base_model,
+        logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
+        additional_config={"mavis": {"value_models": [str(heads)]}},
+    )
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(HeadGuide, "values", fail)
+    params = SamplingParams(temperature=1.0, max_tokens=LENGTH)
+    asked = {"value_models": [str(heads)], "weights": WEIGHTS, "sampling_params": params}
+    with pytest.raises(RuntimeError, match="has not read a value; its log says why"):
+        best_of_n(llm, PROMPTS, **asked, n=N, keep=KEEP)
+    llm.llm_engine.engine_core.shutdown()
 
 
 def test_vllm_goes_on_with_texts_to_their_end(llm, heads):

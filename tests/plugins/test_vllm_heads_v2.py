@@ -55,6 +55,7 @@ llm = LLM(
 def generate(jobs, **options):
     params = [
         SamplingParams(max_tokens=n, extra_args={"mavis_weights": w, "mavis_top_k": k, **more},
+                       allowed_token_ids=[0] if more else None,
                        prompt_logprobs=1 if len(p) == 3 and not speculation else None, **options)
         for p, w, k, n, *more in jobs for more in [dict(*more)]
     ]
