@@ -41,7 +41,6 @@ class Step:
     positions: torch.Tensor  # [batch, queries] int64
     lengths: torch.Tensor  # [batch] int64, prefix tokens in the store once `write` is done
     fresh: bool = False  # whether these are the first tokens of every sequence
-    stores_only: bool = False  # whether nobody asks for the pass's output
     # If packed: which cells of the rectangle hold a token [total], and the token in each cell
     # [batch * queries], both int64.
     packing: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -69,7 +68,6 @@ class Step:
                 positions=self.positions.repeat(copies, 1),
                 lengths=self.lengths.repeat(copies),
                 fresh=self.fresh,
-                stores_only=self.stores_only,
                 packing=packing,
             )
         return self.made["copies", copies]
@@ -134,7 +132,7 @@ def _rows_of_a_block(blocks: int, heads: int, device: torch.device) -> torch.Ten
     return heads_of_parts + torch.arange(2, device=device)[:, None] * (blocks - 1) * heads
 
 
-def write(kv: torch.Tensor, step: Step, store: torch.Tensor) -> None:
+def _write(kv: torch.Tensor, step: Step, store: torch.Tensor) -> None:
     """Store the new prefix tokens of `kv` `[batch * queries, 2 * kv_heads, dim]`."""
     batch, queries = step.positions.shape
     new = kv.view(batch, queries, *kv.shape[1:])[:, : step.written]
@@ -167,7 +165,7 @@ def attend(
     batch, queries = step.positions.shape
     if step.packing is not None:
         q, kv = q.index_select(0, step.packing[1]), kv.index_select(0, step.packing[1])
-    write(kv, step, store)
+    _write(kv, step, store)
     heads, dim = q.shape[1:]
     kv_heads = store.shape[2]
     q = q.view(batch, queries, heads, dim)

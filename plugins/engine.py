@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from .attention import ATTENTION, BLOCK_SIZE, Step, Store, head_dim, kv_heads
-from .fusion import PackedLinear, fuse, pack
 from .probe import Probe, refused
 from .value_model import MAVISValueModel
 
@@ -102,13 +101,8 @@ class ValueEngine:
             Probe(self.models[family[0]].backbone, len(family), max_length)
             for family in self._families
         ]
-        self.kernels = 0  # tells what the backbones run by, a digit of base 3 each; see `fuse`
         for family in self._families:
-            backbone = self.models[family[0]].backbone
-            backbone.set_attn_implementation(ATTENTION)
-            self.kernels = 3 * self.kernels + fuse(backbone, max_length + 1, adapters=len(family))
-            if self.device.type == "cpu":
-                pack(backbone)
+            self.models[family[0]].backbone.set_attn_implementation(ATTENTION)
 
         blocks_each = -(-max_length // BLOCK_SIZE)
         num_blocks = num_slots * blocks_each
@@ -125,8 +119,7 @@ class ValueEngine:
         self.kv_cache_bytes = (num_blocks + 1) * BLOCK_SIZE * bytes_per_token
         weights: dict[int, int] = {}
         for model in self.models:
-            packed = (m for m in model.modules() if isinstance(m, PackedLinear))
-            for held in (model.parameters(), model.buffers(), packed):
+            for held in (model.parameters(), model.buffers()):
                 weights |= {id(x): x.nbytes for x in held}
         self.weight_bytes = sum(weights.values())
         self._stores: list[Store] = []  # of each family, its adapters' one behind the other
@@ -439,7 +432,7 @@ class ValueEngine:
             offsets = np.arange(width)
             positions = np.where(offsets < n[:, None], first[:, None] + offsets, -1)
             step = self._step(rows, first + n, positions, width)
-            step = replace(step, fresh=not first.any(), stores_only=True)
+            step = replace(step, fresh=not first.any())
             self._run(range(len(self._families)), self._to_device(tokens.reshape(-1)), step)
             self._cached[rows] = first + n
 

@@ -1,6 +1,6 @@
 """Whether a backbone computes in the value engine what it computes in transformers.
 
-The engine brings its own attention, store and layers. A family of models whose attention is more
+The engine brings its own attention and store. A family of models whose attention is more
 than what it is told would be valued wrongly and in silence: so every backbone is asked for a prefix
 and two candidates, the plain way first and then through the engine, before it serves or is trained.
 """

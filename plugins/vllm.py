@@ -54,7 +54,7 @@ from .value_model import (
     load_config,
     tokenizer_fingerprint,
 )
-from .vllm_internals import ModelRunner, calling, largest_and_smallest, samples
+from .vllm_internals import ModelRunner, calling, samples
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -236,12 +236,6 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._v2: LogitsProcRequestState | None = None if is_pin_memory is not None else state  # type: ignore
         self._runner = ModelRunner()
         self._free_slots = list(range(num_slots))
-        if len(set(largest_and_smallest(engine.kernels))) > 1:
-            raise ValueError(
-                "the value models run by other kernels on this tensor-parallel rank than on "
-                "others, so that ranks would round differently and drift apart: see the warnings "
-                "above, and install the same packages for all ranks"
-            )
         logger.info(
             "MAVIS: objectives %s, defaults %s, %s on %s, %.3f GiB weights, %.3f GiB key-value "
             "store",

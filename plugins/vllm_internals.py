@@ -60,18 +60,3 @@ def samples() -> bool:
     if not parallel_state.model_parallel_is_initialized():  # a processor without an engine
         return True
     return parallel_state.get_pp_group().is_last_rank
-
-
-def largest_and_smallest(number: int) -> tuple[int, int]:
-    """Of a number that every tensor-parallel rank gives."""
-    import torch
-    from vllm.distributed import parallel_state
-
-    if not parallel_state.model_parallel_is_initialized():
-        return number, number
-    group = parallel_state.get_tp_group()
-    if group.world_size == 1:
-        return number, number
-    both = torch.tensor([number, -number])
-    torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
-    return int(both[0]), -int(both[1])

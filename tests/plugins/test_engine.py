@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -240,6 +241,37 @@ def test_candidate_values_match_full_forward_in_every_architecture(name):
             sequences[slot].append(int(candidates[i, 0]))
 
 
+def check_values(model, reference):
+    """A new engine's values behind a prefix of 40 tokens."""
+    engine = ValueEngine([model], num_slots=1, max_length=MAX_LENGTH)
+    sequences, candidates = {0: list(range(40))}, [[1, 2, 3, 4]]
+    values = engine_values(engine, sequences, [0], candidates)
+    expected = full_forward([reference], sequences[0], candidates[0])
+    torch.testing.assert_close(values[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_learnt_positions_keep_their_values():
+    backbone = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    torch.manual_seed(0)
+    model = MAVISValueModel(MAVISValueConfig(backbone_config=backbone, objectives=["a"])).eval()
+    torch.nn.init.normal_(model.head.weight)
+    check_values(model, plain(model))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear", "yarn"])
+def test_scaled_positions_keep_their_values(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    model = make_model(options={"rope_parameters": rope})
+    check_values(model, plain(model))
+
+
+def test_a_longer_engine_takes_over_the_model_of_another():
+    model = make_model()
+    reference = plain(model)
+    ValueEngine([model], num_slots=1, max_length=8)
+    check_values(model, reference)
+
+
 def test_models_that_share_their_keys_differently_keep_their_own_masks():
     models = [make_model("llama", ("a",)), make_model("llama without groups", ("b",), seed=1)]
     reference = [plain(model) for model in models]
@@ -260,7 +292,7 @@ def test_half_precision_stays_near_float32(dtype):
     weights = sum(n * (2 if name.startswith("backbone.") else 4) for name, n in sizes.items())
     engine = ValueEngine([model], num_slots=2, max_length=MAX_LENGTH, dtype=dtype)
     rotations = sum(buffer.nbytes for buffer in engine.models[0].buffers())
-    assert engine.weight_bytes == weights + rotations  # also where they are packed
+    assert engine.weight_bytes == weights + rotations
     rng = np.random.default_rng(1)
     sequences = {s: rng.integers(0, VOCAB, 30 + 7 * s).tolist() for s in range(2)}
     candidates = rng.integers(0, VOCAB, (2, K))
@@ -390,7 +422,7 @@ def test_positions_stay_exact_in_half_precision():
     model = make_model()
     frequencies = model.backbone.rotary_emb.inv_freq.clone()
     engine = ValueEngine([model], num_slots=1, max_length=8, dtype=torch.bfloat16)
-    found = engine.models[0].backbone.rotary_emb.own.inv_freq
+    found = engine.models[0].backbone.rotary_emb.inv_freq
     assert found.dtype == torch.float32 and torch.equal(found, frequencies)
 
 

@@ -95,7 +95,6 @@ def test_pruning_without_a_known_range_is_refused(logits):
 def test_a_step_never_waits_for_the_device(monkeypatch):
     """A meta device holds no data, so that reading any of it back is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # it has none
-    monkeypatch.setattr("trimtab.plugins.fusion.vllm_kernels", lambda: None)  # nor has it these
     models = [make_model("llama", ("a", "b")), make_model("gemma2 softcap", ("c",))]
     engine = ValueEngine(models, num_slots=3, max_length=MAX_LENGTH)
     meta = engine.device = torch.device("meta")

@@ -309,7 +309,6 @@ def test_no_batch_waits_for_the_device(base_model, value_model, monkeypatch, run
 
     from trimtab.plugins.vllm import MAVISLogitsProcessor
 
-    monkeypatch.setattr("trimtab.plugins.fusion.vllm_kernels", lambda: None)  # not for meta
     state = V2Runner()
     config = config_of(base_model, value_model)
     arguments = (torch.device("cpu"), False) if runner == "V1" else (state.states,)

@@ -89,9 +89,3 @@ def test_a_rank_that_does_not_sample_holds_no_value_models(base_model, value_mod
     assert not hasattr(processor, "_guide")
     processor.update_state(BatchUpdate(1, [], [(0, sampling((1.0, 0.0)), [5], [])], []))
     assert not processor.add_request(0, sampling((1.0, 0.0)))
-
-
-def test_ranks_of_other_kernels_are_refused(base_model, value_model, monkeypatch):
-    monkeypatch.setattr("trimtab.plugins.vllm.largest_and_smallest", lambda kernels: (2, 1))
-    with pytest.raises(ValueError, match="by other kernels on this tensor-parallel rank"):
-        v1_processor(base_model, {"value_models": [str(value_model)]})
