@@ -34,11 +34,12 @@ class Stop:
     def tell(self, *_: tp.Any) -> None:
         self._event.set()
 
-    def __bool__(self) -> bool:
+    @property
+    def told(self) -> bool:
         return self._event.is_set()
 
     def check(self) -> None:
-        if self:
+        if self.told:
             raise Stopped
 
     def wait(self, seconds: float) -> None:
@@ -80,7 +81,7 @@ def run(argv: tp.Sequence[str], timeout: float, stop: Stop | None = None) -> str
                 break
             except subprocess.TimeoutExpired:
                 late = time.monotonic() > end
-                if late or stop:
+                if late or (stop is not None and stop.told):
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()

@@ -362,7 +362,7 @@ class Config(_Section):
             knob.model_dump(exclude={"start", "command", "http", "kubernetes"})
             for knob in self.knobs
         ]
-        rest = self.model_dump(include={"cost", "optimizer", "limits"})
+        rest = self.model_dump(include={"cost", "optimizer", "limits", "seed"})
         rest["cost"]["http"] = self.cost.http and self.cost.http.url
         rest["limits"].pop("slo")
         text = json.dumps([knobs, rest], sort_keys=True)

@@ -57,5 +57,8 @@ class Lines:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: tp.Any) -> None:
         self._file.close()

@@ -104,7 +104,7 @@ class Tuner:
         observe: tp.Callable[[Status], None] = lambda status: None,
     ) -> None:
         self.config = config
-        self.stop = stop or Stop()
+        self.stop = Stop() if stop is None else stop
         self.status = Status()
         self._observe = observe
         self.system = spaces.System(config, lambda **change: self._audit.append(**change))
@@ -157,7 +157,7 @@ class Tuner:
                 )
         return cost
 
-    def _build(self, start: spaces.Values, cost: float, seed: int | None = None) -> None:
+    def _build(self, start: spaces.Values, cost: float) -> None:
         """Makes the optimizer that starts at a point of a known cost."""
         config = self.config
         limit = config.limits.max_regression
@@ -169,7 +169,7 @@ class Tuner:
                     "give a number"
                 )
         parameter = spaces.parametrization(config.knobs, start)
-        parameter.random_state.seed(config.seed if seed is None else seed)
+        parameter.random_state.seed(config.seed)
         share = config.limits.max_change
         if share is not None:
 
@@ -232,7 +232,7 @@ class Tuner:
         begin, config = lines[0], self.config
         if begin["fingerprint"] != config.fingerprint:
             return "knobs, cost, limits or options differ from those of the log"
-        self._build(begin["start"], begin["cost"], begin["seed"])
+        self._build(begin["start"], begin["cost"])
         self._remember(begin["start"])
         asked = None
         for line in lines[1:]:
@@ -259,8 +259,13 @@ class Tuner:
             Failed: a target is missing, or the cost, the SLO or the start is not as it must be;
                 nothing was changed.
         """
-        self._state = Lines(self.config.state, "state", read=True)
-        self._audit = Lines(self.config.audit, "audit", read=False)
+        with (
+            Lines(self.config.state, "state", read=True) as self._state,
+            Lines(self.config.audit, "audit", read=False) as self._audit,
+        ):
+            return self._run()
+
+    def _run(self) -> bool:
         resumed = bool(self._state.found)
         start = {knob.name: knob.start for knob in self.config.knobs}
         try:
@@ -396,7 +401,7 @@ class Tuner:
                 return True
             except Failed as e:
                 log.error("cannot restore the last good point: %s", e)
-                tries += bool(self.stop)
+                tries += self.stop.told
             if tries >= _LAST_TRIES:
                 log.error("the system is NOT at the last good point %s", self.status.good)
                 return False
