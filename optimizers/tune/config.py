@@ -351,6 +351,8 @@ class Config(_Section):
             raise ValueError(
                 f"promql is {promql[0].promql!r} without a server: add prometheus: {{url: …}}"
             )
+        if self.state == self.audit:
+            raise ValueError(f"state and audit are both {self.state!r}: give each its own file")
         if not self.window and any("{window}" in str(s.promql) for s in promql):
             raise ValueError("window is 0 and promql uses {window}: set the seconds to measure")
         return self

@@ -44,12 +44,15 @@ class Lines:
         self.found: list[dict[str, tp.Any]] = []
         for number, line in enumerate(lines if read else [], 1):
             try:
-                self.found.append(json.loads(line))
+                content = json.loads(line)
             except ValueError:
+                content = None
+            if not isinstance(content, dict):
                 raise ConfigError(
-                    f"{field} is {path!r}: line {number} is not JSON: move the file away to start "
-                    "afresh"
-                ) from None
+                    f"{field} is {path!r}: line {number} is no JSON object: move the file away to "
+                    "start afresh"
+                )
+            self.found.append(content)
 
     def append(self, **line: tp.Any) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

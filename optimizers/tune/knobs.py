@@ -102,11 +102,11 @@ class System:
         if any(knob.kubernetes for knob in config.knobs):
             self._cluster = cluster.Cluster(config.timeout)
 
-    def check(self, start: Values | None) -> None:
+    def check(self, start: Values) -> None:
         """Finds what cannot work, before anything is changed.
 
         Args:
-            start: values that the system should have now; None if a run was cut short.
+            start: values that the system should have now.
 
         Raises:
             Failed: a program, a host or an object is missing.
@@ -121,7 +121,7 @@ class System:
                 )
             if request is not None:
                 _connect(where, request, self.config.timeout)
-        if self._cluster is not None and start is not None:
+        if self._cluster is not None:
             for item, knobs in self._objects(start).items():
                 self._cluster.check(
                     item, [(k.name, k.kubernetes, start[k.name]) for k in knobs if k.kubernetes]

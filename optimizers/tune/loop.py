@@ -19,7 +19,7 @@ from nevergrad.common import errors
 from ..congo import ParametrizedCONGO
 from . import knobs as spaces
 from .commands import Failed, Stop, Stopped
-from .config import SLO, Config
+from .config import SLO, Config, ConfigError
 from .journal import Lines
 from .sources import measure
 
@@ -267,10 +267,14 @@ class Tuner:
 
     def _run(self) -> bool:
         resumed = bool(self._state.found)
+        if resumed and not any(line.get("kind") == "begin" for line in self._state.found):
+            raise ConfigError(
+                f"state is {self.config.state!r}: holds no run of a tuner: name another file"
+            )
         start = {knob.name: knob.start for knob in self.config.knobs}
         try:
-            self.system.check(None if resumed else start)
-            if not resumed:
+            if not resumed:  # else the way back is tried for as long as it takes
+                self.system.check(start)
                 self._begin(start)
         except Stopped:
             return True

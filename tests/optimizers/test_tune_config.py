@@ -134,6 +134,7 @@ def test_minimal_file_loads_with_paths_beside_it(tmp_path):
         (["limits", "slo"], {"command": ["x"]}, ["limits.slo.bound: missing"]),
         (["limits", "slo"], {"command": ["x"], "bound": 1, "every": 0}, ["limits.slo.every is 0"]),
         (["metrics"], {"port": 70000}, ["metrics.port is 70000", "65535"]),
+        (["audit"], "tune.state.jsonl", ["state and audit are both 'tune.state.jsonl'"]),
         (["optimizer"], {"num_measurements": 1}, ["optimizer.num_measurements is 1"]),
         (["optimizer"], {"learning_rate": 1}, ["optimizer.learning_rate is 1", "unknown key"]),
     ],

@@ -343,9 +343,17 @@ def test_state_of_a_running_tuner_is_refused(folder):
     assert Tuner(load(path), None, observe).run() and refused
 
 
-def test_state_that_is_no_state_is_refused(folder):
-    (folder / "tune.state.jsonl").write_text("knobs: []\n")
-    with pytest.raises(ConfigError, match="line 1 is not JSON: move the file away"):
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("knobs: []\n", "line 1 is no JSON object: move the file away"),
+        ("7\n", "line 1 is no JSON object"),
+        ('{"a": 7}\n', "holds no run of a tuner: name another file"),
+    ],
+)
+def test_state_that_is_no_state_is_refused(folder, content, expected):
+    (folder / "tune.state.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=expected):
         run(folder)
     assert applied(folder) == START
 
