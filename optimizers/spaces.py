@@ -102,6 +102,7 @@ class Levels:
     def __init__(self, parametrization: ng.p.Parameter) -> None:
         self._integers: list[tuple[slice, ng.p.Data, FloatArray, FloatArray]] = []
         self._choices: list[FloatArray] = []  # per choice the places of its weights, among ours
+        self._weights: list[FloatArray] = []  # and those weights at the initial point
         positions: list[np.ndarray] = []
         integers: list[np.ndarray] = []
         offset = 0
@@ -119,6 +120,7 @@ class Levels:
             if weights:
                 places = place + np.arange(leaf.dimension)
                 self._choices += list(places.reshape(-1, layers[-1].arity))
+                self._weights += list(np.reshape(leaf._value, (-1, layers[-1].arity)))
             else:
                 self._integers.append((part, leaf, *_range(leaf, layers[-1])))
         self.positions = np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
@@ -132,8 +134,8 @@ class Levels:
         x = x.copy()
         for part, leaf, _, _ in self._integers:
             x[part] = _coordinates(leaf, _value(leaf, x[part]))
-        for places in self._choices:
-            weights = x[self.positions[places]]
+        for places, initial in zip(self._choices, self._weights):
+            weights = initial + x[self.positions[places]]
             x[self.positions[places]] = 0.0
             x[self.positions[places[int(np.argmax(weights))]]] = _CHOSEN
         return x

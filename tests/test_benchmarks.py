@@ -31,6 +31,14 @@ ROOT = Path(__file__).parents[1]
         ["benchmarks/congo_quadratics.py", "--quick"],
         ["benchmarks/congo_queueing.py", "--quick"],
         ["benchmarks/congo_scaling.py", "--quick"],
+        pytest.param(
+            ["benchmarks/tune_postgres.py", "--quick"],
+            marks=pytest.mark.skipif(
+                not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
+                reason="PostgreSQL is not installed: "
+                "apt-get install --no-install-recommends postgresql",
+            ),
+        ),
         ["benchmarks/serving.py", "--quick"],
         ["benchmarks/engine_gpu.py", "--device", "cpu", "--quick"],
         ["examples/tune_a_live_service.py", "--rounds", "2"],

@@ -525,3 +525,12 @@ def test_loss_that_is_not_a_number_is_an_error():
     optimizer = make(5)
     with pytest.raises(TypeError, match="only supports float"):
         optimizer.tell(optimizer.ask(), "fast")
+
+
+@pytest.mark.parametrize("start", ["x", "y", "z"])
+def test_first_base_point_has_the_categories_of_the_start(start):
+    knobs = ng.p.Dict(mode=ng.p.Choice(["x", "y", "z"]), on=ng.p.Choice([False, True]))
+    knobs["mode"].value, knobs["on"].value = start, True
+    optimizer = ng.optimizers.registry["CONGO"](knobs)
+    assert optimizer.ask().value == {"mode": start, "on": True}
+    assert optimizer.recommend().value == {"mode": start, "on": True}
