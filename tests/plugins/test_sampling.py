@@ -276,7 +276,7 @@ def test_early_rejection_in_vllm(llm, base_model, heads, guided):
                     assert token in policy
 
 
-def test_a_value_that_was_not_read_is_no_value(base_model, heads, monkeypatch):
+def test_a_value_that_vllm_has_not_read_is_no_value(base_model, heads, monkeypatch):
     from vllm import SamplingParams
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the step can be made fail
@@ -314,7 +314,7 @@ def test_vllm_goes_on_with_texts_to_their_end(llm, heads):
     assert [len(p) + len(r) for p, (r,) in zip(PROMPTS, full.sequences)] == [64] * 3
 
 
-def test_an_engine_without_these_heads_is_refused(llm, base_model, heads, tmp_path):
+def test_a_vllm_engine_without_these_heads_is_refused(llm, base_model, heads, tmp_path):
     other = make_heads(tmp_path, base_model, ["sweet", "sour"], reward_std=[2.0, 1.0])
     with pytest.raises(ValueError, match=r"guides by other value models than the heads for"):
         best_of_n(llm, PROMPTS, n=2, value_models=[str(other)], weights=WEIGHTS)
