@@ -372,7 +372,7 @@ def test_only_the_main_process_saves(base_model, tmp_path):
 
 
 KILLS = """
-import json, os, random, signal, time
+import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from trainers.test_run_state import run
 import torch
@@ -381,38 +381,75 @@ from safetensors.torch import save_file
 root, seed, kills = Path({root!r}), {seed}, {kills}
 
 def start(folder, **options):
-    # A process that has loaded everything: a kill costs no start.
+    # A process that has loaded everything, so that a kill costs no start, and a pipe in which it
+    # puts a byte whenever it touches a file of its folder.
+    told, tells = os.pipe()
     pid = os.fork()
     if pid:
-        return pid
+        os.close(tells)
+        return pid, told
     code = 1
+    def hook(event, args):
+        if event.startswith(("open", "os.")) and args and str(args[0]).startswith(str(folder)):
+            os.write(tells, b".")
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.dup2(2, 1)
+        sys.addaudithook(hook)
         state = run({base!r}, folder, rollout_batch_size=1, **options)
         save_file(state, folder / "final.safetensors")
         code = 0
     finally:
         os._exit(code)
 
-def wait(pid):
+def touches(told, most=sys.maxsize):
+    # Waits for so many, or the end of the process, and counts them.
+    count = 0
+    while count < most and os.read(told, 1):
+        count += 1
+    return count
+
+def wait(pid, told):
+    os.close(told)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+def finish(folder, **options):
+    # Number of touches of a whole run, and its mean time from one to the next.
+    pid, told = start(folder, **options)
+    began = time.monotonic()
+    count = touches(told)
+    assert wait(pid, told) == 0, f"the run in {{folder}} fails"
+    return count, (time.monotonic() - began) / count
+
+def interrupt(folder, moment):
+    # Whether the run was killed at the moment, in touches, before it had ended.
+    pid, told = start(folder, resume=True)
+    touches(told, int(moment))
+    time.sleep(moment % 1 * gap)  # what is half written has no touches
+    os.kill(pid, signal.SIGKILL)
+    code = wait(pid, told)
+    assert code in (0, -signal.SIGKILL), f"the run in {{folder}} fails"
+    return code != 0
+
 (root / "whole").mkdir()
-began = time.monotonic()
-assert wait(start(root / "whole")) == 0
-duration = time.monotonic() - began
+whole, gap = finish(root / "whole")
 expected = (root / "whole" / "final.safetensors").read_bytes()
 rng, interrupted = random.Random(seed), 0
 for kill in range(kills):
-    folder = root / str(kill)
+    folder, before, left = root / str(kill), root / "before", whole
     folder.mkdir()
     for again in range(2):  # the resumed run is killed, too
-        pid = start(folder, resume=True)
-        time.sleep(duration * rng.random())
-        os.kill(pid, signal.SIGKILL)
-        interrupted += wait(pid) != 0
-    assert wait(start(folder, resume=True)) == 0, f"kill {{kill}} does not resume"
+        shutil.copytree(folder, before)
+        moment = left * rng.random()
+        while not interrupt(folder, moment):
+            # It had less left to do: once more, and earlier.
+            shutil.rmtree(folder)
+            shutil.copytree(before, folder)
+            moment *= rng.random()
+        shutil.rmtree(before)
+        left -= moment
+        interrupted += 1
+    finish(folder, resume=True)
     final = (folder / "final.safetensors").read_bytes()
     assert final == expected, f"kill {{kill}} ends with other weights"
 print(json.dumps(interrupted))
@@ -420,7 +457,7 @@ print(json.dumps(interrupted))
 
 
 def killed(base_model, folder, kills, seed=0):
-    """Number of processes that were killed before their end."""
+    """Number of processes that were killed before their end, two for each of `kills` runs."""
     script = KILLS.format(root=str(folder), base=base_model, kills=kills, seed=seed)
     made = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=TESTS,
@@ -431,9 +468,9 @@ def killed(base_model, folder, kills, seed=0):
 
 
 def test_run_killed_at_a_random_moment_ends_with_the_same_weights(base_model, tmp_path):
-    assert killed(base_model, tmp_path, 1) > 0
+    assert killed(base_model, tmp_path, 1) == 2
 
 
 @pytest.mark.long
 def test_twenty_runs_killed_at_random_moments_end_with_the_same_weights(base_model, tmp_path):
-    assert killed(base_model, tmp_path, 20, seed=1) > 20
+    assert killed(base_model, tmp_path, 20, seed=1) == 40
