@@ -147,9 +147,14 @@ class Server:
         self._run("pgbench", "-i", "-q", "-s", scale)
 
     def latency(self, seconds: int) -> float:
-        """Mean latency of a transaction in a window, ms."""
+        """Mean latency of a transaction in a window, ms.
+
+        Where none ends within the window, its length: the latency is above that.
+        """
         out = self._run("pgbench", "-n", "-c", CLIENTS, "-j", 1, "-T", seconds)
         found = re.search(r"latency average = ([\d.]+) ms", out)
+        if "actually processed: 0\n" in out:
+            return 1000.0 * seconds
         if found is None:
             raise ValueError(f"pgbench prints no latency: {out[-500:]}")
         return float(found[1])
@@ -303,16 +308,17 @@ def main() -> None:
                         f"paid {np.mean(run['paid_ms']):7.1f} ms, at most {above:.1f} of the start",
                         flush=True,
                     )
+                    if not options.quick:  # a long run that is cut short is not lost
+                        save(
+                            "tune_postgres",
+                            {
+                                "postgresql": version,
+                                "settings": len(NUMBERS) + len(FLAGS),
+                                **{k: v for k, v in vars(options).items() if k != "quick"},
+                                "runs": runs,
+                            },
+                        )
     if not options.quick:
-        save(
-            "tune_postgres",
-            {
-                "postgresql": version,
-                "settings": len(NUMBERS) + len(FLAGS),
-                **{k: v for k, v in vars(options).items() if k != "quick"},
-                "runs": runs,
-            },
-        )
         plot(runs)
 
 

@@ -335,6 +335,8 @@ class Tuner:
         point = spaces.values(self.config.knobs, candidate)
         if outcome.kind == "ok":
             self._remember(point)
+        else:
+            self._fine.pop(tuple(point.values()), None)
         recommendation = optimizer.recommend()
         best = spaces.values(self.config.knobs, recommendation)
         if tuple(best.values()) in self._fine:
