@@ -302,15 +302,13 @@ class Arms:
 
     def compute(self) -> float:
         """Multiply-adds of a guided token over those of an unguided one: as best-of-N of this N."""
-        values = self.guide.engine
-        read = TOP_K + 1 if values.reads_candidates else 1
         model = MAVISValueModel.load(str(self.args.value_model))
         small, large = (
             sum(p.numel() for p in m.parameters() if p.ndim == 2) for m in (model, self.base)
         )
         # The value model's embedding is looked up, the base model's multiplied for the logits.
         small -= model.get_input_embeddings().weight.numel()
-        return 1 + read * small / large
+        return 1 + (TOP_K + 1) * small / large  # candidates are read, too
 
     def trained(self, steps: int) -> str:
         """Which adapters the fine-tuned arms use."""
