@@ -1,9 +1,9 @@
 """The whole of MAVIS in one run: train value models, serve them with one flag, steer by weights.
 
 SmolLM2-135M-Instruct is sampled and four reward functions judge it; value heads on its hidden state
-learn to predict them; `vllm serve` loads it; held-out prompts are answered over HTTP under a sweep of
-weights. Leaves `demo.png`, `demo.json` and `responses.md` in `artifacts/demo`. About 23 minutes
-on two CPU cores; an interrupted run goes on where it stopped.
+learn to predict them; `vllm serve` loads these; held-out prompts are answered over HTTP under a
+sweep of weights. Leaves `demo.png`, `demo.json` and `responses.md` in `artifacts/demo`. About 23
+minutes on two CPU cores; an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
