@@ -257,7 +257,7 @@ def table(result: dict[str, Any], names: list[str], parameters: dict[str, Any]) 
         f"of at most {MAX_TOKENS} tokens to each under three `beta`, all weight "
         "on one objective; gains in standard deviations of the base model's reward, read "
         "off each model's curve (no figure: it does not reach that far), 95 % intervals over "
-        "prompts. `python benchmarks/heads.py`.",
+        f"prompts. `python benchmarks/heads.py --samples {parameters['samples']}`.",
         "",
         "| objective | KL, nats a response | "
         + " | ".join([*names, *(f"{n} less {first}" for n in others)])

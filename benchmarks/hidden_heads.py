@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -216,13 +217,16 @@ def mean_gain(values: np.ndarray) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Every variant's efficiency by objective, median and range over seeds, in Markdown."""
+    command = "python benchmarks/hidden_heads.py"
+    if list(result["variants"]) != list(VARIANTS):
+        command += " --variants " + " ".join(map(shlex.quote, result["variants"]))
     lines = [
         "# KL efficiency of heads on the base model's hidden state",
         "",
         f"Held-out prompts of the demo ({result['held_out']} trees), medians of {result['seeds']} "
         "seeds and their range; the interval over the trees, about as large as half of the value, "
         "is in `hidden_heads.json`. As the trainer does, of every run the best fifth is kept, by "
-        "the last column and on the same trees. `python benchmarks/hidden_heads.py`.",
+        f"the last column and on the same trees. `{command}`.",
         "",
         f"| | {' | '.join(OBJECTIVES)} | mean gain at half a nat |",
         "| --- " * (len(OBJECTIVES) + 2) + "|",

@@ -409,7 +409,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--base", default="artifacts/smollm2")
-    add("--heads", default="artifacts/heads")
+    add("--heads", default="artifacts/value_model")
     add("--beams-model", help="with a state head; without it, no beams")
     add("--objectives", nargs="+", help="by default all")
     add("--beta", type=float, default=4.0)
