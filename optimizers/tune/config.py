@@ -403,7 +403,8 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML's own loader takes the last of two equal keys without a word."""
 
     def construct_mapping(self, node: tp.Any, deep: bool = False) -> dict[tp.Any, tp.Any]:
-        keys = [key.value for key, _ in node.value]
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []  # else it raises below
+        keys = [key.value for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1 and key != "<<":
                 raise yaml.constructor.ConstructorError(

@@ -193,6 +193,7 @@ def test_all_faults_are_told_at_once(tmp_path):
         ("- 1", "holds [1]"),
         ("", "holds None"),
         ("settle: 1\nsettle: 2\n", "key 'settle' stands there twice"),
+        ("settle: !!map 1\n", "expected a mapping node"),
     ],
 )
 def test_file_that_is_no_configuration(tmp_path, content, expected):
