@@ -150,6 +150,33 @@ class OutputLayerInput:
         rows, self._rows, self.passes = self._rows, None, 0
         return rows
 
+    def of_step(self, num_rows: int, goes_on: bool) -> torch.Tensor:
+        """The rows of a decoding step.
+
+        Within a `generate` call the model runs once a step. It does not in assisted decoding, nor
+        with a processor that runs it (classifier-free guidance): the rows are others then.
+
+        Args:
+            num_rows: Number of the step's rows of scores.
+            goes_on: Whether it is not the first step of its call.
+
+        Returns:
+            `[num_rows, hidden_size]`, in the model's dtype.
+
+        Raises:
+            ValueError: The model ran not once, or with other rows.
+        """
+        passes, hidden = self.passes, self.take()
+        if hidden is None or len(hidden) != num_rows or (goes_on and passes > 1):
+            read = None if hidden is None else len(hidden)
+            raise ValueError(
+                f"value heads read the model's hidden state once a step, and for {num_rows} rows "
+                f"of scores it ran {passes} times, the last time with {read} rows: assisted "
+                "decoding and processors that run the model do not go with heads; use a value "
+                "model that has a backbone (head_type 'state')"
+            )
+        return hidden
+
 
 def checkpoint_fingerprint(name_or_path: str) -> str | None:
     """SHA-256 of a sample of every tensor of a checkpoint on disk, rounded to bfloat16.

@@ -219,14 +219,7 @@ class _Reader(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` as they are."""
-        passes, hidden = self.watched.passes, self.watched.take()
-        first = self.hidden is None
-        if hidden is None or len(hidden) != len(scores) or (passes > 1 and not first):
-            raise ValueError(
-                "value heads read the model's hidden state once a step, and it ran "
-                f"{passes} times before a step of {len(scores)} rows: assisted decoding and "
-                "processors that run the model do not go with them"
-            )
+        hidden = self.watched.of_step(len(scores), goes_on=self.hidden is not None)
         if self.hidden is None:
             self.hidden, self.ended = hidden, torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         else:

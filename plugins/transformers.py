@@ -176,20 +176,10 @@ class MAVISLogitsProcessor(LogitsProcessor):
     def _read_heads(
         self, watched: OutputLayerInput, input_ids: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
-        (batch, length), passes = input_ids.shape, watched.passes
+        batch, length = input_ids.shape
         goes_on = (batch, length) == (self._shape[0], self._shape[1] + 1)
         self._shape = (batch, length)
-        hidden = watched.take()
-        # Within a `generate` call the model runs once a step. It does not in assisted decoding,
-        # nor with a processor that runs it (classifier-free guidance): the rows are others then.
-        if hidden is None or len(hidden) != len(scores) or (goes_on and passes > 1):
-            read = None if hidden is None else len(hidden)
-            raise ValueError(
-                f"value heads read the model's hidden state once a step, and for {len(scores)} "
-                f"rows of scores it ran {passes} times, the last time with {read} rows: assisted "
-                "decoding and processors that run the model do not go with heads; use a value "
-                "model that has a backbone (head_type 'state')"
-            )
+        hidden = watched.of_step(len(scores), goes_on)
         heads = self._heads
         if heads is None or heads.device != scores.device:
             self._check_vocabulary(scores)
