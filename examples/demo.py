@@ -75,7 +75,7 @@ def serve(base: Path, value_model: Path, log: Path) -> Iterator[str]:
         "--additional-config", json.dumps(config),
         "--host", "127.0.0.1", "--port", str(port),
         "--max-model-len", "512", "--max-num-seqs", "32", "--enforce-eager",
-        "--no-enable-chunked-prefill",
+        "--no-enable-chunked-prefill", "--block-size", "32",
     ]  # fmt: skip
     print("==", " ".join(command[:6]), f"'{command[6]}'", *command[7:], flush=True)
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}

@@ -177,6 +177,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     """
 
     guide_class: type[Guide] = Guide
+    heads_class: type[HeadGuide] = HeadGuide
 
     def __init__(
         self,
@@ -259,7 +260,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             )
         check_vllm(vllm_config)
         watch_vllm()
-        self._heads = HeadGuide(models, vllm_config.scheduler_config.max_num_seqs, device)
+        self._heads = self.heads_class(models, vllm_config.scheduler_config.max_num_seqs, device)
         self._speculates = vllm_config.speculative_config is not None
         self._plan: list[Rows] = []  # V1: the guided rows
         self._found_rows = False

@@ -15,6 +15,7 @@ the same `C` in expectation, and a better one with less noise.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.utils import logging
+
+from trimtab.plugins.heads import HeadGuide
+from trimtab.plugins.value_model import MAVISValueModel
 
 from .hidden_states import HeadDataset, cache_hidden_states, collate_rows
 from .pareto import interval, prompt_draws
@@ -34,6 +40,7 @@ FOLDS = 5  # of the cross-validation of `V`
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of its penalty, in features' variances
 WIDEST_SUM = 1024  # features of a sum along a branch
 MIN_STD = 1e-3  # of a feature
+BEST = "best_heads.safetensors"  # of a checkpoint
 HELD_OUT = 8  # one prompt in so many is held out where no others are given
 
 
@@ -267,7 +274,9 @@ def head_loss(
     loss = advantages.new_zeros(())
     for member in advantages:
         of_token, variances, sampled = centred_advantages(batch, member, temperature)
-        loss = loss + (variances - 2 * of_token * batch["excess"])[sampled].mean()
+        # What is not known is left out before it is multiplied: its gradient would be NaN.
+        known = sampled[:, None] & ~batch["excess"].isnan()
+        loss = loss + (variances - 2 * of_token * batch["excess"].nan_to_num())[known].mean()
     return loss
 
 
@@ -293,7 +302,7 @@ def efficiency_sums(
 
     Returns:
         `torch.Tensor`: of every tree `C`, `D`, and the squared error and the variance of `V`, both
-        within the tree, `[n_trees, 4, n_objectives]` float64.
+        within the tree, `[n_trees, 4, n_objectives]` float64; NaN of objectives that are not known.
     """
     labels, trees = batch["labels"].double(), batch["trees"]
     of_token, variances, sampled = centred_advantages(batch, advantages, temperature)
@@ -328,20 +337,20 @@ def efficiency(sums: np.ndarray) -> list[dict[str, dict[str, float]]]:
         (`C / D`) and `explained_variance` (within a prompt), each with `value`, `low` and `high`, a
         95 % bootstrap interval over the trees.
     """
-    mean = sums[prompt_draws(len(sums))].mean(1)  # [draws, 4, n_objectives]
-    c, d, error, variance = np.moveaxis(mean, 1, 0)
-    # Heads that say nothing of any candidate gain nothing; what is left is rounding.
-    says = d > 1e-12
-    safe = np.where(says, d, 1.0)
-    measures = {
-        "kl_efficiency": np.where(says, c * np.abs(c) / safe, 0.0),
-        "scale": np.where(says, c / safe, 0.0),
-        "explained_variance": 1 - error / np.where(variance > 0, variance, np.nan),
-    }
-    return [
-        {name: interval(column[:, i]) for name, column in measures.items()}
-        for i in range(sums.shape[2])
-    ]
+    found = []
+    for i in range(sums.shape[2]):
+        known = sums[~np.isnan(sums[:, 0, i]), :, i]
+        c, d, error, variance = known[prompt_draws(len(known))].mean(1).T
+        # Heads that say nothing of any candidate gain nothing; what is left is rounding.
+        says = d > 1e-12
+        safe = np.where(says, d, 1.0)
+        measures = {
+            "kl_efficiency": np.where(says, c * np.abs(c) / safe, 0.0),
+            "scale": np.where(says, c / safe, 0.0),
+            "explained_variance": 1 - error / np.where(variance > 0, variance, np.nan),
+        }
+        found.append({name: interval(column) for name, column in measures.items()})
+    return found
 
 
 def read_heads(
@@ -408,7 +417,8 @@ class HeadTraining(TrainerCallback):
     How [`MAVISTrainer`] trains heads on the base model's hidden state.
 
     After every epoch they are measured on held-out trees; the best are kept, by the mean over the
-    objectives of the gain at equal KL, `sqrt(C^2 / D)`.
+    objectives of the gain at equal KL, `sqrt(C^2 / D)`. In an iteration these are trees of the last
+    iteration's policies, so that the scale is right at the KL that they have.
 
     Args:
         trainer ([`MAVISTrainer`]):
@@ -422,9 +432,64 @@ class HeadTraining(TrainerCallback):
         self.embedding = torch.empty(0)
 
     def pack(self, folders: Mapping[str, Path]) -> None:
-        """Makes the trainer's datasets of the rollouts in `folders`, with their hidden states."""
+        """
+        Makes the trainer's datasets of the base model's rollouts in `folders`, with their hidden
+        states.
+        """
+        trainer = self.trainer
+        items, self.held_out = self._read(folders)
+        trainer.train_dataset, trainer.eval_dataset = (
+            self._dataset(part) for part in (items, self.held_out)
+        )
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.set_statistics(torch.cat([item["hidden"] for item in items]))
+        set_values(model, items)
+        add_baseline(items, self.held_out, self.embedding, model.value.weight.device)
+        add_excess(items, trainer.args.gae_lambda)
+
+    def pack_policies(self, folders: Mapping[str, Mapping[str, Path]], value_model: str) -> None:
+        """
+        Adds rollouts of each objective's own policy to those that are learnt from.
+
+        Advantages are centred under the policy that a token was sampled from, and learnt from what
+        its returns exceed that policy's values by.
+
+        Args:
+            folders (`dict[str, dict[str, Path]]`):
+                By dataset, then by objective.
+            value_model (`str`):
+                Folder of the heads that guided them.
+        """
+        trainer = self.trainer
+        device = trainer.accelerator.unwrap_model(trainer.model).value.weight.device
+        heads: Any = MAVISValueModel.load(value_model)
+        guide = HeadGuide([heads], 1, device)
+        self.held_out = []
+        for i, name in enumerate(trainer.objectives):
+            items, held_out = self._read({split: of[name] for split, of in folders.items()})
+            weights = torch.zeros(1, len(trainer.objectives), device=device)
+            weights[0, i] = trainer.args.beta * (heads.config.candidate_scale or [])[i]
+            for item in (*items, *held_out):
+                hidden, candidates = (item[key].to(device) for key in ("hidden", "candidates"))
+                scores = guide.scores(hidden, candidates.long(), weights.expand(len(hidden), -1))
+                item["log_probs"] = (item["log_probs"] + scores.cpu()).log_softmax(-1)
+            # Alike but for the labels: what is not known of them has no baseline.
+            learnt, kept = (
+                [{**x, "labels": x["labels"][:, [i]]} for x in part] for part in (items, held_out)
+            )
+            add_baseline(learnt, kept, self.embedding, device)
+            for item, of_own in zip((*items, *held_out), (*learnt, *kept)):
+                item["baseline"] = np.full(item["labels"].shape, np.nan, dtype=np.float32)
+                item["baseline"][:, i] = of_own["baseline"][:, 0]
+            add_excess(items, trainer.args.gae_lambda)
+            trainer.train_dataset.items += items
+            self.held_out += held_out
+        trainer.eval_dataset = self._dataset(self.held_out)
+
+    def _read(self, folders: Mapping[str, Path]) -> tuple[list[Any], list[Any]]:
+        """Items to learn from, and held-out ones."""
         trainer, config = self.trainer, self.trainer.value_config
-        datasets = {}
+        found = {}
         for name, folder in folders.items():
             self.embedding = cache_hidden_states(
                 folder,
@@ -435,29 +500,29 @@ class HeadTraining(TrainerCallback):
                 min(trainer.eos_token_ids),
                 trainer.accelerator,
             )
-            mean, std = np.array(config.reward_mean), np.array(config.reward_std)
-            datasets[name] = HeadDataset([folder], trainer.objectives, mean, std)
-        items = datasets["train"].items
-        if "eval" in datasets:
-            self.held_out = datasets["eval"].items
-        else:
-            if len(items) < HELD_OUT:
-                raise ValueError(
-                    f"heads are chosen and scaled by held-out prompts, and there are {len(items)} "
-                    f"prompts: give an `eval_dataset`, or at least {HELD_OUT} prompts, of which "
-                    "one in so many is held out"
-                )
-            self.held_out = items[::HELD_OUT]
-            datasets["train"].items = [x for i, x in enumerate(items) if i % HELD_OUT]
-            datasets["eval"] = HeadDataset([], trainer.objectives, mean, std)
-            datasets["eval"].items = self.held_out
-        trainer.train_dataset, trainer.eval_dataset = datasets["train"], datasets["eval"]
-        items = trainer.train_dataset.items
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model.set_statistics(torch.cat([item["hidden"] for item in items]))
-        set_values(model, items)
-        add_baseline(items, self.held_out, self.embedding, model.value.weight.device)
-        add_excess(items, trainer.args.gae_lambda)
+            found[name] = self._dataset(folder=folder).items
+        items = found["train"]
+        if "eval" in found:
+            return items, found["eval"]
+        if len(items) < HELD_OUT:
+            raise ValueError(
+                f"heads are chosen and scaled by held-out prompts, and there are {len(items)} "
+                f"prompts: give an `eval_dataset`, or at least {HELD_OUT} prompts, of which "
+                "one in so many is held out"
+            )
+        return [x for i, x in enumerate(items) if i % HELD_OUT], items[::HELD_OUT]
+
+    def _dataset(self, items: Sequence[Any] = (), folder: Path | None = None) -> HeadDataset:
+        trainer, config = self.trainer, self.trainer.value_config
+        made = HeadDataset(
+            [] if folder is None else [folder],
+            trainer.objectives,
+            np.array(config.reward_mean),
+            np.array(config.reward_std),
+            trainer.args.kl_penalty,
+        )
+        made.items += items
+        return made
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any]:
         """The loss of a batch, and the values; in evaluation its measures are added."""
@@ -466,7 +531,9 @@ class HeadTraining(TrainerCallback):
         if model.training:
             loss = head_loss(inputs, advantages, args.temperature)
         else:
-            loss = (values - inputs["labels"]).square().mean()  # of `V`: `A` has its own measures
+            loss = (
+                (values - inputs["labels"]).square().nanmean()
+            )  # of `V`: `A` has its own measures
             sums = efficiency_sums(inputs, values, advantages.mean(0), args.temperature)
             self.trainer._metrics["eval"].add(sums)
         return loss, values
@@ -487,15 +554,43 @@ class HeadTraining(TrainerCallback):
         model.train(training)
         return metrics.measures()
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _consider(self) -> dict[str, Any]:
+        """Keeps the heads as they are if they are the best so far; returns their measures."""
         measures = self.measure()
-        self.trainer.log({f"held_out/{k}": x for k, x in flat_metrics(measures).items()})
         found = [of_objective["kl_efficiency"]["value"] for of_objective in measures.values()]
         score = float(np.mean(np.sign(found) * np.sqrt(np.abs(found))))
         if self.best is None or score > self.best[0]:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             weights = {name: x.detach().clone() for name, x in model.state_dict().items()}
             self.best = (score, measures, weights)
+        return measures
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epochs = state.epoch or 0.0
+        # What an iteration begins with may be the best; and so may the end of an epoch, at which a
+        # checkpoint may have been made before it was measured.
+        if (epochs or self.trainer._iteration) and abs(epochs - round(epochs)) < 1e-6:
+            self._consider()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        measures = self._consider()
+        self.trainer.log({f"held_out/{k}": x for k, x in flat_metrics(measures).items()})
+
+    def save(self, folder: Path) -> None:
+        """Keeps the best heads so far with a checkpoint."""
+        if self.best is not None:
+            score, measures, weights = self.best
+            metadata = {"score": json.dumps(score), "measures": json.dumps(measures)}
+            save_file(weights, folder / BEST, metadata=metadata)
+
+    def resume(self, folder: str | None) -> None:
+        """Takes up the best heads of a checkpoint; None begins anew."""
+        self.best = None
+        if folder is not None and (Path(folder) / BEST).exists():
+            with safe_open(Path(folder) / BEST, framework="pt") as file:
+                found = file.metadata()
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.best = (json.loads(found["score"]), json.loads(found["measures"]), weights)
 
     def finish(self) -> None:
         """Takes the best heads up, with their scale and their table."""

@@ -56,7 +56,8 @@ def tree_rows(tree: Tree, values: np.ndarray) -> dict[str, np.ndarray]:
         - `shares` (weight of its return in that of the row before it) and `reach` (probability that
           a response passes it): `[n]` float32
         - `ends` (whether it finishes a response): `[n]` bool
-        - `labels` (mean return of the responses that pass it): `[n, n_objectives]` float32
+        - `labels` (mean return of the responses that pass it): `[n, n_objectives]` float32, NaN of
+          objectives that are not known
     """
     starts = row_starts(tree)
     total, shares_of_nodes = tree.total_weights(), tree.shares()
@@ -299,6 +300,8 @@ class HeadDataset(Dataset):
             Subtracted from the rewards, `[n_objectives]`.
         std (`np.ndarray`):
             Divides the rewards, `[n_objectives]`.
+        kl_penalty (`float`, *optional*, defaults to `0.0`):
+            Standard deviations that a nat of KL to the base model costs, on trees of a policy.
     """
 
     def __init__(
@@ -307,6 +310,7 @@ class HeadDataset(Dataset):
         objectives: Sequence[str],
         mean: np.ndarray,
         std: np.ndarray,
+        kl_penalty: float = 0.0,
     ) -> None:
         self.items: list[dict[str, Any]] = []
         for folder in folders:
@@ -315,7 +319,11 @@ class HeadDataset(Dataset):
                     stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 start = 0
                 for tree in read_trees(path)[0]:
-                    values = np.stack([tree.values(name) for name in objectives], axis=-1)
+                    # A policy's trees have the reward of its own objective alone.
+                    values = np.full((len(tree.nodes), len(objectives)), np.nan)
+                    for i, name in enumerate(objectives):
+                        if name in tree.rewards:
+                            values[:, i] = tree.values(name, kl_penalty * std[i])
                     rows = tree_rows(tree, (values - mean) / std)
                     stop = start + len(rows["tokens"])
                     part = {name: tensor[start:stop] for name, tensor in stored.items()}

@@ -425,11 +425,6 @@ class MAVISConfig(TrainingArguments):
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
         if self.head_type not in HEAD_TYPES:
             raise ValueError(f"`head_type` must be one of {HEAD_TYPES}, got {self.head_type!r}")
-        if heads and self.num_iterations > 1:
-            raise ValueError(
-                f"num_iterations={self.num_iterations} is for value models with a backbone: heads "
-                "(head_type='hidden') learn from the base model's responses only; leave it at 1"
-            )
         if heads and not self.top_k:
             raise ValueError(
                 "`top_k` must be at least 1 with head_type='hidden': advantages are learnt among "

@@ -502,7 +502,7 @@ class MAVISTrainer(Trainer):
         self._begin_iterations()
         if self._heads is None:
             check_tree_attention(self, self.train_dataset.sequences)
-        if self.args.num_iterations > 1 and "eval" in trees:
+        if self._heads is None and self.args.num_iterations > 1 and "eval" in trees:
             self._scale_sequences = [dict(s) for s in self.eval_dataset.sequences]
 
     def _begin_iterations(self) -> None:
@@ -552,8 +552,17 @@ class MAVISTrainer(Trainer):
             if self.args.monotonic_check:
                 for message in self._history.warnings():
                     logger.warning(message)
-        if "train" in by_name:
+        if "train" not in by_name:
+            return
+        if self._heads is None:
             self._pack({name: list(chain(*trees.values())) for name, trees in by_name.items()})
+            return
+        self._trees += chain(*by_name["train"].values())
+        folder = self._rollout_dir() / f"iteration-{self._iteration}"
+        self._heads.pack_policies(
+            {name: {o: folder / o / name for o in self.objectives} for name in by_name},
+            str(self._value_model(self._iteration - 1)),
+        )
 
     def _pack(self, trees: dict[str, list[Tree]]) -> None:
         """Makes an iteration's datasets: all rollouts so far to train on, its own to evaluate."""
@@ -627,22 +636,25 @@ class MAVISTrainer(Trainer):
                     self._collect_from_policy()
         finally:
             self.args.warmup_steps = warmup_steps
-        if self._history.policies[1:]:
-            best = self._history.best()
-            logger.info(f"the policies of iteration {best} are the best")
-            self._load_from_checkpoint(str(self._weights(best)))
-            self.value_config.candidate_scale = load_config(
-                str(self._value_model(best))
-            ).candidate_scale
+        measured = len(self._history.policies) > 1
+        if measured or (several and self._heads is not None):
+            kept = self._history.best() if measured else self.args.num_iterations - 1
+            self._load_from_checkpoint(str(self._weights(kept)))
+            found = load_config(str(self._value_model(kept)))
+            self.value_config.candidate_scale = found.candidate_scale
+            if self._heads is not None:
+                self.value_config.provenance["held_out"] = (found.provenance or {})["held_out"]
+        if measured:
+            logger.info(f"the policies of iteration {kept} are the best")
             self.value_config.provenance["iterations"] = {
                 **self._history.to_json(),
                 "kl_penalty": self.args.kl_penalty,
-                "kept": best,
+                "kept": kept,
             }
-        if self._heads is not None:
-            self._heads.finish()
-        else:
+        if self._heads is None:
             self._measure_candidate_range()
+        elif not several:
+            self._heads.finish()
         return output
 
     @functools.cached_property
@@ -691,6 +703,8 @@ class MAVISTrainer(Trainer):
                 "that run trained is not used, and is replaced"
             )
         self._run.begin(iteration, self._inputs, self.is_world_process_zero())
+        if self._heads is not None:
+            self._heads.resume(checkpoint)
         return Trainer.train(self, checkpoint, *args, **kwargs)
 
     def _changed(self, inputs: Mapping[str, Any]) -> list[str]:
@@ -790,7 +804,9 @@ class MAVISTrainer(Trainer):
 
     def _save_iteration(self) -> dict[str, str]:
         """Saves what the iteration has ended with, each folder whole or not at all."""
-        if self._scale_sequences:
+        if self._heads is not None:
+            self._heads.finish()
+        elif self._scale_sequences:
             self._measure_candidate_scale()
         for folder in {self._value_model(self._iteration), self._weights(self._iteration)}:
             partial = folder.with_name(f"{folder.name}.partial")
@@ -922,6 +938,8 @@ class MAVISTrainer(Trainer):
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super()._save(str(folder), state_dict=state_dict)
             if self.args.should_save:
+                if self._heads is not None:
+                    self._heads.save(folder)
                 write_json(folder / INPUTS, self._inputs)
         elif self.args.should_save:  # transformers 5.23 calls this in every process
             self._save_value_model(folder, state_dict)

@@ -156,6 +156,7 @@ class VLLMSampler:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
             from vllm import LLM
+            from vllm.platforms import current_platform
         except ModuleNotFoundError as error:
             if error.name != "vllm":
                 raise
@@ -174,6 +175,8 @@ class VLLMSampler:
             # vLLM 0.32 on a CPU fails when the prompt of a request with a seed is cut into chunks.
             "enable_chunked_prefill": False,
             "seed": config.seed,
+            # Pieces of a tree share its beginnings by whole blocks, of 128 tokens on a CPU.
+            **({"block_size": 32} if current_platform.is_cpu() else {}),
             **(init_kwargs or {}),
             "generation_config": "vllm",  # the sampling parameters are all ours
         }
@@ -440,7 +443,11 @@ class TransformersSampler:
         guide = None
         if weights:
             guide = MAVISLogitsProcessor(
-                self.value_models, weights=weights, beta=self.beta, top_k=self.config.top_k
+                self.value_models,
+                weights=weights,
+                beta=self.beta,
+                top_k=self.config.top_k,
+                model=self.model,
             )
         # Pieces of similar length share a batch, since the longest decides its cost.
         order = sorted(range(len(prefixes)), key=lambda i: lengths[i])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -22,6 +24,7 @@ from trimtab.trainers.head_training import (
     STRENGTHS,
     WIDEST_SUM,
     BranchFeatures,
+    HeadTraining,
     add_baseline,
     add_excess,
     efficiency,
@@ -30,6 +33,7 @@ from trimtab.trainers.head_training import (
     lambda_returns,
 )
 from trimtab.trainers.hidden_states import (
+    HeadDataset,
     cache_hidden_states,
     cache_path,
     collate_rows,
@@ -37,7 +41,7 @@ from trimtab.trainers.hidden_states import (
     row_starts,
     tree_rows,
 )
-from trimtab.trainers.rollouts import TreeConfig
+from trimtab.trainers.rollouts import TreeConfig, read_rollouts
 
 from .conftest import END, make_model
 from .test_mavis_trainer import prompts, text_of, trainer
@@ -395,10 +399,93 @@ def test_two_processes_train_the_same_heads(base_model, tmp_path):
     assert saved.config.candidate_scale != [0.0]
 
 
+def test_a_resumed_training_keeps_the_best_epoch_of_all(base_model, tmp_path, monkeypatch):
+    """The first epoch is the best, and lies before the checkpoint that is taken up."""
+
+    def measure(self):
+        epoch = round(self.trainer.state.epoch)
+        found = {"kl_efficiency": 1.0 / epoch, "scale": float(epoch), "explained_variance": 0.0}
+        return {
+            "goodness": {k: dict.fromkeys(("value", "low", "high"), v) for k, v in found.items()}
+        }
+
+    monkeypatch.setattr(HeadTraining, "measure", measure)
+    fields = {**FIELDS, "num_train_epochs": 3, "save_strategy": "epoch"}
+
+    def make():
+        return trainer(
+            base_model, tmp_path, {"goodness": goodness}, prompts(8), eval_dataset=prompts(3, 3),
+            **fields,
+        )  # fmt: skip
+
+    whole = make()
+    whole.train()
+    assert whole.value_config.candidate_scale == [1.0]
+    kept = {name: x.clone() for name, x in whole.model.state_dict().items()}
+    folders = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert len(folders) == 3
+    shutil.rmtree(folders[2])  # as if it had been stopped in the third epoch
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.value_config.candidate_scale == [1.0]
+    torch.testing.assert_close(resumed.model.state_dict(), kept)
+
+
+@pytest.fixture(scope="module")
+def iterated(base_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("iterated")
+    rewards = {"goodness": goodness, "badness": badness}
+    made = trainer(
+        base_model, folder, rewards, prompts(60), eval_dataset=prompts(40, 5),
+        **{**FIELDS, "num_iterations": 2, "beta": 2.0, "layers": 2, "num_train_epochs": 4},
+    )  # fmt: skip
+    made.train()
+    made.save_model()
+    return made, folder
+
+
+def test_iterations_of_heads_improve_on_the_base_model(iterated):
+    made, folder = iterated
+    policies = json.loads((folder / "iterations.json").read_text())["policies"]
+    assert len(policies) == 3
+    for name in ("goodness", "badness"):
+        for policy in policies[1:]:
+            assert policy[name]["reward"]["low"] > policies[0][name]["reward"]["high"]
+            assert policy[name]["kl"]["low"] > 0
+        assert policies[1][name]["improvement"]["low"] > 0
+    kept = made.value_config.provenance["iterations"]["kept"]
+    of_kept = MAVISValueModel.load(str(folder / f"iteration-{kept}" / "value_model"))
+    saved = MAVISValueModel.load(str(folder))
+    torch.testing.assert_close(saved.state_dict(), of_kept.state_dict())
+    assert saved.config.candidate_scale == of_kept.config.candidate_scale
+    assert saved.config.provenance["held_out"] == of_kept.config.provenance["held_out"]
+
+
+def test_what_a_policy_sampled_is_learnt_from_under_that_policy(iterated):
+    """Its candidates have the policy's probabilities, token by token as it was sampled."""
+    made, folder = iterated
+    items = [x for x in made.train_dataset.items if np.isnan(x["labels"][0]).any()]
+    assert len(made.train_dataset.items) == 60 + len(items) == 60 + 2 * 60
+    for i, name in enumerate(("goodness", "badness")):
+        rollouts = folder / "rollouts" / "iteration-1" / name / "train"
+        of_base = HeadDataset([rollouts], [name], np.zeros(1), np.ones(1)).items
+        own = items[60 * i : 60 * (i + 1)]
+        for tree, item, base in zip(read_rollouts(rollouts)[:8], own, of_base):
+            assert np.isnan(item["labels"][:, 1 - i]).all()
+            assert not np.isnan(item["labels"][:, i]).any()
+            assert np.isnan(np.asarray(item["excess"])[:, 1 - i]).all()
+            ratios = [x for node in tree.nodes[1:] for x in node.log_ratios]
+            previous = item["previous"][1:]
+            hits = item["candidates"][previous] == torch.from_numpy(item["tokens"][1:])[:, None]
+            assert hits.any(1).all()
+            policy = item["log_probs"][previous][hits]
+            ratio = policy - base["log_probs"][previous][hits]
+            torch.testing.assert_close(ratio, torch.tensor(ratios), atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_iterations": 2}, "num_iterations=2 is for value models with a backbone"),
         ({"top_k": 0}, "`top_k` must be at least 1 with head_type='hidden'"),
         ({"gae_lambda": 1.5}, "`gae_lambda` must be within 0 and 1, got 1.5"),
     ],

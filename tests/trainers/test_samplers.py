@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from trimtab.plugins import MAVISValueModel
+from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.trainers.rollouts import TreeConfig
 from trimtab.trainers.samplers import (
     ServerSampler,
@@ -46,13 +46,36 @@ def value_model(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def heads(base_model, tmp_path_factory):
+    """Folder of heads of two objectives that say something at random."""
+    model = MAVISValueHeads.from_base_model(
+        base_model, list(WEIGHTS), tokenizer=make_tokenizer(), candidate_scale=[0.8, 1.3]
+    )
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name != "action_table":
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.write_table(make_model().get_input_embeddings().weight.detach())
+    folder = tmp_path_factory.mktemp("heads")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 def naive_policies(prefix, value_model):
     """`log pi` and `log pi_ref` by token, at GUIDED's temperature, from whole forward passes."""
+    model = MAVISValueModel.load(value_model).eval()
     with torch.inference_mode():
-        logits = make_model()(torch.tensor([prefix])).logits[0, -1].double()
+        base = make_model()
+        logits = base(torch.tensor([prefix])).logits[0, -1].double()
         top, tokens = logits.topk(GUIDED.top_k)
-        continued = torch.tensor([[*prefix, token] for token in tokens.tolist()])
-        values = MAVISValueModel.load(value_model).eval()(continued).logits[:, -1].double()
+        if model.config.head_type == "hidden":
+            hidden = base.model(torch.tensor([prefix])).last_hidden_state[:, -1]
+            values = model.candidate_values(hidden, tokens[None])[0].double()
+            values = values * torch.tensor(model.config.candidate_scale)
+        else:
+            continued = torch.tensor([[*prefix, token] for token in tokens.tolist()])
+            values = model(continued).logits[:, -1].double()
         score = top + BETA * values @ torch.tensor(list(WEIGHTS.values()), dtype=torch.float64)
     policies = (torch.log_softmax(x / GUIDED.temperature, 0).tolist() for x in (score, top))
     return [dict(zip(tokens.tolist(), policy)) for policy in policies]
@@ -84,9 +107,11 @@ def check_guided(sampler, value_model):
     assert sampler(prefixes, [3] * 4, [0] * 4)[0].kls == []
 
 
-def test_transformers_samples_the_guided_policy(value_model):
+@pytest.mark.parametrize("kind", ["value_model", "heads"])
+def test_transformers_samples_the_guided_policy(kind, base_model, request):
+    value_model = request.getfixturevalue(kind)
     check_guided(
-        TransformersSampler(make_model(), GUIDED, {END}, [value_model], BETA, batch_size=2000),
+        TransformersSampler(base_model, GUIDED, {END}, [value_model], BETA, batch_size=2000),
         value_model,
     )
 
@@ -231,21 +256,21 @@ def run(script):
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
-def test_vllm_samples_the_guided_policy(base_model, value_model):
+def test_vllm_samples_the_guided_policy(base_model, value_model, heads):
     pytest.importorskip("vllm")
     run(
         f"""
         from trainers.conftest import END
         from trainers.test_samplers import BETA, GUIDED, check_guided
         from trimtab.trainers.samplers import VLLMSampler
-        for _ in range(2):  # an engine for every iteration
+        for folder in {[value_model, heads]!r}:  # an engine for every iteration
             sampler = VLLMSampler(
-                {base_model!r}, GUIDED, {{END}}, 64, [{value_model!r}], BETA,
+                {base_model!r}, GUIDED, {{END}}, 64, [folder], BETA,
                 init_kwargs=dict(
                     enforce_eager=True, dtype="float32", distributed_executor_backend="uni"
                 ),
             )
-            check_guided(sampler, {value_model!r})
+            check_guided(sampler, folder)
             sampler.close()
         """
     )
