@@ -1,11 +1,12 @@
 """What iterations of MAVIS gain on SmolLM2: reward, KL and `reward - KL / beta` on unseen prompts.
 
-    python benchmarks/iterations.py            # 45 minutes a seed on one core, resumable
+    python benchmarks/iterations.py            # half an hour a seed on two cores, resumable
 
-Each seed trains a four-layer value model of four objectives from nothing: trees of the base model,
-then trees of each objective's own policy, sampled by vLLM; its values guide with the scale that the
-base model's responses to the held-out prompts bear out. Writes docs/iterations.json, its plot
-and table: medians over the seeds, each policy with the bootstrap interval of its median seed.
+Each seed trains heads, or a four-layer state head, of four objectives from nothing: trees of the
+base model, then trees of each objective's own policy, sampled by vLLM. They guide with the scale
+that responses to held-out prompts bear out: with heads, of the policy before, with a state head, of
+the base model. Writes docs/iterations.json, its plot and table: medians over the seeds, each policy
+with the bootstrap interval of its median seed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ MEASURES = ("reward", "kl", "objective", "improvement")
 
 def folder_of(seed: int, args: argparse.Namespace) -> Path:
     """Where a seed's rollouts and value models are."""
-    return args.artifacts / "iterations" / f"{args.train_prompts}-prompts" / f"seed-{seed}"
+    kind = f"{args.head_type}-{args.train_prompts}-prompts"
+    return args.artifacts / "iterations" / kind / f"seed-{seed}"
 
 
 def make_trainer(seed: int, args: argparse.Namespace, model: Any = None, **config: Any) -> Any:
@@ -50,10 +52,13 @@ def make_trainer(seed: int, args: argparse.Namespace, model: Any = None, **confi
         )
 
     fields = {"output_dir": str(folder_of(seed, args)), "num_iterations": args.num_iterations}
+    if args.head_type == "state":
+        fields |= {"learning_rate": 4e-4, "num_train_epochs": 3}
     return MAVISTrainer(
         model=model or str(smollm2(args.artifacts / "smollm2")),
         args=MAVISConfig(
             **{**fields, **config},
+            head_type=args.head_type,
             beta=args.beta,
             max_completion_length=args.tokens,
             layers=2,
@@ -61,8 +66,6 @@ def make_trainer(seed: int, args: argparse.Namespace, model: Any = None, **confi
             rollout_batch_size=16,
             use_vllm=True,
             vllm_init_kwargs={"enforce_eager": True, "distributed_executor_backend": "uni"},
-            learning_rate=4e-4,
-            num_train_epochs=3,
             warmup_steps=0.05,
             save_strategy="no",
             report_to="none",
@@ -141,12 +144,13 @@ def table(policies: list[dict[str, Any]], beta: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def make_parser(description: str, out: str) -> argparse.ArgumentParser:
+def make_parser(description: str, out: str, head_type: str) -> argparse.ArgumentParser:
     """What a seed depends on."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"))
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--head_type", choices=["hidden", "state"], default=head_type)
     parser.add_argument("--num_iterations", type=int, default=3)
     parser.add_argument("--beta", type=float, default=8.0)
     parser.add_argument("--tokens", type=int, default=32)
@@ -157,7 +161,7 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    parser = make_parser(__doc__ or "", "docs/iterations.json")
+    parser = make_parser(__doc__ or "", "docs/iterations.json", "hidden")
     parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train_seed is not None:

@@ -1,6 +1,7 @@
 """Whether an iteration should learn from earlier rollouts too, at equal tokens sampled.
 
-    python benchmarks/reuse.py            # after benchmarks/iterations.py; 6 minutes a seed
+    python benchmarks/iterations.py --head_type state --out state_iterations.json  # before it
+    python benchmarks/reuse.py            # 6 minutes a seed
 
 Iteration 1 of every seed is trained twice from the value model of iteration 0: on its own rollouts
 alone, and on those of the base model as well. Both are evaluated on held-out prompts, on responses
@@ -88,7 +89,7 @@ def table(seeds: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    args = make_parser(__doc__ or "", "docs/reuse.json").parse_args()
+    args = make_parser(__doc__ or "", "docs/reuse.json", "state").parse_args()
     seeds = [measure(seed, args) for seed in args.seeds]
     args.out.write_text(json.dumps({"seeds": seeds}, indent=2) + "\n")
     text = table(seeds)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _decoding, _judges, _policies, pareto
-from tests.conftest import make_value_model
+from benchmarks import _decoding, _judges, _policies, fronts, pareto
+from tests.conftest import make_heads, make_value_model
 from tests.reference import Reference
 from trimtab.plugins import GuidanceParams, MAVISValueModel, ValueEngine
 from trimtab.plugins.guide import Guide
+from trimtab.trainers.samplers import TransformersSampler
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20, 21, 22, 23]]
 
@@ -174,6 +175,41 @@ def test_fronts_of_tiny_models(base_model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*map(str, command[:-1]), "4"])
     with pytest.raises(SystemExit, match="give another --artifacts"):
         pareto.main()
+
+
+def test_heads_and_best_of_n_of_tiny_models(base_model, tmp_path, monkeypatch):
+    heads = make_heads(tmp_path / "heads", base_model, list(pareto.OBJECTIVES))
+
+    def sampler(model, config, ends, value_models, **kwargs):
+        return TransformersSampler(model, config, ends, value_models)
+
+    def rarity(prompts, completions, **columns):  # of words that are none
+        return [float(sum(map(ord, c[0]["content"])) % 97) for c in completions]
+
+    monkeypatch.setattr(fronts, "VLLMSampler", sampler)
+    monkeypatch.setattr(fronts.rewards, "rarity", rarity)
+    command = [
+        "fronts.py", "--base", base_model, "--value-model", heads, "--artifacts", tmp_path / "work",
+        "--report", tmp_path / "front", "--prompts", "3", "--betas", "1", "8", "--max-tokens", "4",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    fronts.main()
+    result = json.loads((tmp_path / "front.json").read_text())
+    of = {
+        (p["method"], p["strength"], tuple(sorted(p["weights"].items()))): p
+        for p in result["points"]
+    }
+    assert of["unguided", 1.0, ()]["kl"]["value"] == 0
+    for beta in (1.0, 8.0):
+        one = (("rarity", 1.0),)
+        plain, best = of["heads", beta, one], of["heads, best of 4", beta, one]
+        assert (plain["seeds"], best["seeds"]) == (4, 1)
+        # The four responses that it chooses from are those of the guided arm.
+        assert best["gain"]["rarity"]["value"] > plain["gain"]["rarity"]["value"]
+        expected = plain["kl"]["value"] + np.log(4) - 0.75
+        assert best["kl"]["value"] == pytest.approx(expected)
+    assert of["best of 16", 16, one]["kl"]["value"] == pytest.approx(np.log(16) - 15 / 16)
+    assert "| readability, rarity | 10 |" in (tmp_path / "front.md").read_text()
 
 
 PARKS = [{"role": "user", "content": "Write two sentences about city parks."}]
