@@ -66,6 +66,21 @@ class Piece:
         return Piece(self.tokens[part], self.log_ratios[part], self.kls[part])
 
 
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Sets environment variables for a while: other engines of this process have their own."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class Sampler(Protocol):
     """Continues token prefixes, each with at most `lengths` tokens."""
 
@@ -151,9 +166,6 @@ class VLLMSampler:
         tensor_parallel_size: int = 1,
         init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        # The requests of a call enter one engine in a fixed order, so that its batches, and with
-        # them the last bits of its logits, are the same in every run.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
             from vllm import LLM
             from vllm.platforms import current_platform
@@ -193,7 +205,10 @@ class VLLMSampler:
                     "max_top_k": config.top_k,
                 },
             }
-        self.llm = LLM(model=model, **kwargs)
+        # The requests of a call enter one engine in a fixed order, so that its batches, and with
+        # them the last bits of its logits, are the same in every run.
+        with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):
+            self.llm = LLM(model=model, **kwargs)
 
     def __call__(
         self,

@@ -203,11 +203,13 @@ def salty_heads(tmp_path_factory, base_model):
     return make_heads(tmp_path_factory.mktemp("salty"), base_model, ["salty"], seed=8)
 
 
-def make_llm(base_model, **options):
+def make_llm(base_model, multiprocessing="1", **options):
+    """An engine of its own process: the end of one within this process would be that of others."""
     from vllm import LLM
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", multiprocessing)
         return LLM(
             str(base_model), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=16,
             enable_prefix_caching=True,  # vLLM's CPU runner fails on seeded prompts in chunks
@@ -279,9 +281,9 @@ def test_early_rejection_in_vllm(llm, base_model, heads, guided):
 def test_a_value_that_vllm_has_not_read_is_no_value(base_model, heads, monkeypatch):
     from vllm import SamplingParams
 
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the step can be made fail
     llm = make_llm(
         base_model,
+        multiprocessing="0",  # so that the step can be made fail
         logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
         additional_config={"mavis": {"value_models": [str(heads)]}},
     )

@@ -260,6 +260,7 @@ def test_vllm_samples_the_guided_policy(base_model, value_model, heads):
     pytest.importorskip("vllm")
     run(
         f"""
+        import os
         from trainers.conftest import END
         from trainers.test_samplers import BETA, GUIDED, check_guided
         from trimtab.trainers.samplers import VLLMSampler
@@ -272,6 +273,8 @@ def test_vllm_samples_the_guided_policy(base_model, value_model, heads):
             )
             check_guided(sampler, folder)
             sampler.close()
+            # Engines of the user's own in this process are as she has set them.
+            assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
         """
     )
 
