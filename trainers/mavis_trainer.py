@@ -59,7 +59,7 @@ from .hidden_states import collate_rows
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
-from .rewards import RewardFunc, load_reward_funcs, reward_statistics
+from .rewards import load_reward_funcs, reward_statistics
 from .rollouts import Tree, TreeConfig, collect_rollouts, read_rollouts, switch_policy
 from .run_state import (
     INPUTS,
@@ -134,10 +134,11 @@ class MAVISTrainer(Trainer):
               `reward_funcs`.
         args ([`MAVISConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
-        reward_funcs (`dict[str, Callable | str | PreTrainedModel]`):
-            A reward function for each objective: a callable with the signature of GRPO's,
-            `f(prompts, completions, completion_ids, **columns) -> list[float]`, or the id of a
-            sequence classification model.
+        reward_funcs (`dict[str, Callable | str | PreTrainedModel]`, or a `list` of these, or one):
+            A reward function for each objective: a callable, plain or `async`, with the signature
+            of GRPO's, `f(prompts, completions, completion_ids, **columns) -> list[float]`, or the
+            id of a sequence classification model. Without names, as in TRL, an objective is named
+            by its function's `__name__`, or by the last part of its model's id.
         train_dataset ([`~datasets.Dataset`]):
             Dataset of prompts, with a column `"prompt"` of strings (standard) or lists of messages
             (conversational). Other columns are passed to the reward functions.
@@ -177,7 +178,7 @@ class MAVISTrainer(Trainer):
         self,
         model: str | MAVISValueModel,
         args: MAVISConfig | None = None,
-        reward_funcs: Mapping[str, RewardFunc | str | PreTrainedModel] | None = None,
+        reward_funcs: Any = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,

@@ -6,8 +6,11 @@ classifier. Every failure names the function and the prompt.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,17 +90,28 @@ class ClassifierReward:
         return rewards
 
 
-def load_reward_funcs(reward_funcs: Mapping[str, Any]) -> dict[str, RewardFunc]:
+def load_reward_funcs(reward_funcs: Any) -> dict[str, RewardFunc]:
     """
     Checks the names and loads the model ids.
 
     Args:
-        reward_funcs (`dict[str, Callable | str | PreTrainedModel]`):
-            One reward function per objective.
+        reward_funcs (`dict[str, Callable | str | PreTrainedModel]`, or a `list` of these, or one):
+            One reward function per objective. Without names, as in TRL, an objective is named by
+            its function's `__name__`, or by the last part of its model's id.
 
     Returns:
         `dict[str, Callable]`: The same objectives, in the same order.
     """
+    if callable(reward_funcs) or isinstance(reward_funcs, str) or hasattr(reward_funcs, "config"):
+        reward_funcs = [reward_funcs]
+    if isinstance(reward_funcs, (list, tuple)):
+        names = [_name_of(func) for func in reward_funcs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"`reward_funcs` has two functions named {twice[0]!r}: give a dict of objective "
+                "names to reward functions"
+            )
+        reward_funcs = dict(zip(names, reward_funcs))
     if not isinstance(reward_funcs, Mapping) or not reward_funcs:
         raise ValueError(
             "`reward_funcs` must be a non-empty dict of objective names to reward functions or "
@@ -117,6 +131,35 @@ def load_reward_funcs(reward_funcs: Mapping[str, Any]) -> dict[str, RewardFunc]:
     return loaded
 
 
+def _name_of(func: Any) -> str:
+    """The objective of a reward function that is given without a name."""
+    model_id = func if isinstance(func, str) else None
+    if hasattr(func, "config"):
+        model_id = str(func.config.name_or_path)
+    name = (
+        getattr(func, "__name__", "") if model_id is None else model_id.rstrip("/").split("/")[-1]
+    )
+    if not name:
+        raise ValueError(
+            f"the reward function {func!r} has no name: give `reward_funcs` as a dict of objective "
+            "names to reward functions"
+        )
+    return name
+
+
+def _awaited(result: Any) -> Any:
+    """What a reward function returns, or a coroutine of it, in an event loop of its own: the caller
+    may be in one."""
+    if not inspect.isawaitable(result):
+        return result
+
+    async def wait() -> Any:
+        return await result
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(wait())).result()
+
+
 def compute_rewards(
     name: str,
     func: RewardFunc,
@@ -132,7 +175,7 @@ def compute_rewards(
         name (`str`):
             Objective, for the messages.
         func (`Callable`):
-            Reward function.
+            Reward function, plain or `async`.
         prompts (`list`):
             Strings, or conversations for conversational datasets.
         completions (`list`):
@@ -147,12 +190,13 @@ def compute_rewards(
     """
 
     def call(rows: Sequence[int]) -> Any:
-        return func(
+        result = func(
             prompts=[prompts[i] for i in rows],
             completions=[completions[i] for i in rows],
             completion_ids=[completion_ids[i] for i in rows],
             **{column: [values[i] for i in rows] for column, values in columns.items()},
         )
+        return _awaited(result)
 
     everything = range(len(prompts))
     try:

@@ -1,3 +1,5 @@
+import asyncio
+import functools
 import importlib.util
 import logging
 from pathlib import Path
@@ -64,11 +66,49 @@ def test_reward_that_is_not_finite_is_refused_with_its_prompt(reward):
 
 
 @pytest.mark.parametrize(
-    "reward_funcs", [None, {}, [len], {"": len}, {"a=b": len}, {"a,b": len}, {"a/b": len}, {1: len}]
+    "reward_funcs",
+    [
+        None,
+        {},
+        [],
+        [len, len],
+        [functools.partial(len)],
+        [3],
+        {"": len},
+        {"a=b": len},
+        {"a,b": len},
+        {"a/b": len},
+        {1: len},
+    ],
 )
 def test_reward_funcs_that_name_no_objectives_are_refused(reward_funcs):
     with pytest.raises(ValueError, match="reward_funcs"):
         load_reward_funcs(reward_funcs)
+
+
+def brevity(completions, **kwargs):
+    return [-float(len(text)) for text in completions]
+
+
+def test_functions_in_a_list_are_named_as_trl_names_them():
+    assert load_reward_funcs(brevity) == load_reward_funcs([brevity]) == {"brevity": brevity}
+    assert load_reward_funcs([brevity, len]) == {"brevity": brevity, "len": len}
+
+
+@pytest.mark.parametrize("inside_a_loop", [False, True])
+def test_async_reward_function_is_awaited(inside_a_loop):
+    async def func(prompts, **kwargs):
+        await asyncio.sleep(0)
+        if "third" in prompts:
+            raise KeyError("no such word")
+        return [float(len(p)) for p in prompts]
+
+    async def outer():
+        return compute(func)
+
+    assert (asyncio.run(outer()) if inside_a_loop else compute(func)) == [5.0, 6.0]
+    with pytest.raises(RuntimeError, match=r"'kind' raised KeyError.*'third'"):
+        compute(func, prompts=("first", "third"))
 
 
 def test_reward_func_of_the_wrong_type_is_refused():
@@ -94,6 +134,7 @@ def test_model_id_is_loaded_as_a_classifier(tmp_path, tokenizer):
     ).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    assert list(load_reward_funcs([str(tmp_path)])) == [tmp_path.name]
     func = load_reward_funcs({"judge": str(tmp_path)})["judge"]
     texts = ["a b c good", "d bad"]
     with torch.inference_mode():
