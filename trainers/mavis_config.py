@@ -49,6 +49,9 @@ class MAVISConfig(TrainingArguments):
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used to
             load the base model.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for the chat template of conversational prompts, such as
+            `{"enable_thinking": False}`: as the value model is to be served.
 
         > Parameters that control the iterations
 
@@ -138,6 +141,7 @@ class MAVISConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [  # noqa: RUF012
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "chat_template_kwargs",
         "vllm_init_kwargs",
     ]
 
@@ -224,6 +228,13 @@ class MAVISConfig(TrainingArguments):
         metadata={
             "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used to load "
             "the base model."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for the chat template of conversational prompts, such as "
+            '`{"enable_thinking": false}`: as the value model is to be served.'
         },
     )
 

@@ -329,10 +329,14 @@ class MAVISTrainer(Trainer):
             longest is None or longest + args.max_completion_length > context
         ):
             longest = context - args.max_completion_length
+        template_kwargs: Any = args.chat_template_kwargs or {}
         prompt_ids = []
         for row, prompt in enumerate(dataset["prompt"]):
             if isinstance(prompt, str):
-                ids = processing_class(prompt)["input_ids"]
+                # A prompt that a chat template has written begins with the token already.
+                bos = getattr(processing_class, "bos_token", None)
+                whole = bos is not None and prompt.startswith(bos)
+                ids = processing_class(prompt, add_special_tokens=not whole)["input_ids"]
             elif processing_class.chat_template is None:
                 raise ValueError(
                     f"`{name}_dataset` has conversational prompts and the tokenizer of "
@@ -341,7 +345,11 @@ class MAVISTrainer(Trainer):
                 )
             else:
                 ids = processing_class.apply_chat_template(
-                    prompt, add_generation_prompt=True, tokenize=True, return_dict=False
+                    prompt,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                    **template_kwargs,
                 )
             if not ids or (longest is not None and len(ids) > longest):
                 raise ValueError(

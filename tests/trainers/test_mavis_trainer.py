@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
+from tokenizers import processors
 from transformers import AutoTokenizer, TrainerCallback
 
 from trimtab.plugins import ValueEngine
@@ -300,6 +301,34 @@ def test_value_model_without_base_model_is_refused(tmp_path):
     model.config.base_model = None
     with pytest.raises(ValueError, match="names no base model"):
         trainer(model, tmp_path, {"goodness": goodness})
+
+
+def test_the_chat_template_is_told_what_serving_tells_it(base_model, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if word %}{{ word }} {% endif %}" + tokenizer.chat_template
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a b"}]]})
+
+    def ids(**fields):
+        args = config(tmp_path, **fields)
+        made = MAVISTrainer(base_model, args, REWARDS, data, processing_class=tokenizer)
+        return made._prompt_ids["train"][0]
+
+    red = VOCABULARY.index("red")
+    assert ids(chat_template_kwargs={"word": "red"}) == [red, *ids()]
+    assert ids(chat_template_kwargs='{"word": "red"}') == [red, *ids()]  # from a command line
+
+
+def test_a_prompt_that_begins_with_its_first_token_gets_no_second_one(base_model, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<user>"
+    user = VOCABULARY.index("<user>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<user> $A", special_tokens=[("<user>", user)]
+    )
+    data = Dataset.from_dict({"prompt": ["a b", "<user> a b"]})
+    made = MAVISTrainer(base_model, config(tmp_path), REWARDS, data, processing_class=tokenizer)
+    a, b = (VOCABULARY.index(word) for word in "ab")
+    assert made._prompt_ids["train"] == [[user, a, b]] * 2
 
 
 def test_conversational_prompts_and_columns_reach_the_rewards(base_model, tmp_path):
