@@ -1199,6 +1199,7 @@ def wrap_backbone(model: MAVISValueModel, peft_config: PeftConfig) -> Any:
             "`peft_config` needs peft; pip install 'trimtab[trl]'", name="peft"
         ) from error
     config: Any = copy.deepcopy(peft_config)
+    config.task_type = None  # TRL's is that of a language model, which generates
     heads = {name for name, _ in model.named_children() if name != "backbone"}
     config.modules_to_save = sorted({*(config.modules_to_save or []), *heads})
     if getattr(config, "target_modules", None) is None:

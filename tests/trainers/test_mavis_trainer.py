@@ -213,7 +213,7 @@ def test_interrupted_training_resumes_from_its_checkpoint(base_model, tmp_path):
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]])
 def test_lora_trains_adapter_and_head_and_saves_them_merged(base_model, tmp_path, targets):
-    lora = LoraConfig(r=4, target_modules=targets)
+    lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets)
     fields = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
     made = trainer(base_model, tmp_path, peft_config=lora, **fields)
     before = {k: v.clone() for k, v in made.model.state_dict().items()}
@@ -244,7 +244,7 @@ def test_adapters_saved_unmerged_are_served_as_they_were_trained(base_model, tmp
                 base_model,
                 tmp_path / objective,
                 {objective: goodness},
-                peft_config=LoraConfig(r=4),
+                peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"),
                 merge_adapter=False,
                 num_train_epochs=1,
             )
