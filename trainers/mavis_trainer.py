@@ -607,17 +607,22 @@ class MAVISTrainer(Trainer):
                 If `True`, goes on with the last complete checkpoint, in the iteration that it is
                 of; if there is none yet, with the rollouts that were collected. It must have been
                 made from the same rollouts, rewards, base model and arguments. With one iteration
-                it may be the path of a checkpoint. Without it, the model is trained anew.
+                it may be the path of a checkpoint. Without it, that of `args` counts; without
+                either, the model is trained anew.
             args, kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
         """
         several = self.args.num_iterations > 1
-        if several and isinstance(resume_from_checkpoint, str):
+        resume = resume_from_checkpoint
+        if resume is None:
+            resume = self.args.resume_from_checkpoint
+            # The field is text: that of a flag, or a path
+            resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
+        if several and isinstance(resume, str):
             raise ValueError(
                 "`resume_from_checkpoint` must be True with several iterations: it finds the "
-                f"iteration itself; got {resume_from_checkpoint!r}"
+                f"iteration itself; got {resume!r}"
             )
-        resume = resume_from_checkpoint
         self.collect_rollouts()
         if self._trainings:
             self._begin_iterations()

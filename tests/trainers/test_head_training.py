@@ -402,8 +402,11 @@ def test_two_processes_train_the_same_heads(base_model, tmp_path):
 def test_a_resumed_training_keeps_the_best_epoch_of_all(base_model, tmp_path, monkeypatch):
     """The first epoch is the best, and lies before the checkpoint that is taken up."""
 
+    measured = []
+
     def measure(self):
         epoch = round(self.trainer.state.epoch)
+        measured.append(epoch)
         found = {"kl_efficiency": 1.0 / epoch, "scale": float(epoch), "explained_variance": 0.0}
         return {
             "goodness": {k: dict.fromkeys(("value", "low", "high"), v) for k, v in found.items()}
@@ -412,10 +415,10 @@ def test_a_resumed_training_keeps_the_best_epoch_of_all(base_model, tmp_path, mo
     monkeypatch.setattr(HeadTraining, "measure", measure)
     fields = {**FIELDS, "num_train_epochs": 3, "save_strategy": "epoch"}
 
-    def make():
+    def make(**more):
         return trainer(
             base_model, tmp_path, {"goodness": goodness}, prompts(8), eval_dataset=prompts(3, 3),
-            **fields,
+            **fields, **more,
         )  # fmt: skip
 
     whole = make()
@@ -425,8 +428,9 @@ def test_a_resumed_training_keeps_the_best_epoch_of_all(base_model, tmp_path, mo
     folders = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert len(folders) == 3
     shutil.rmtree(folders[2])  # as if it had been stopped in the third epoch
-    resumed = make()
-    resumed.train(resume_from_checkpoint=True)
+    resumed = make(resume_from_checkpoint="true")  # as from a command line
+    resumed.train()
+    assert measured == [1, 2, 3, 2, 3]
     assert resumed.value_config.candidate_scale == [1.0]
     torch.testing.assert_close(resumed.model.state_dict(), kept)
 
