@@ -51,7 +51,7 @@ class MAVISConfig(TrainingArguments):
             load the base model.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for the chat template of conversational prompts, such as
-            `{"enable_thinking": False}`: as the value model is to be served.
+            `{"enable_thinking": false}`: as the value model is to be served.
 
         > Parameters that control the iterations
 

@@ -39,6 +39,7 @@ from transformers.utils import logging
 from trimtab.plugins.heads import MAVISValueHeads
 from trimtab.plugins.probe import check_servable
 from trimtab.plugins.value_model import (
+    MAVISValueConfig,
     MAVISValueModel,
     load_config,
     model_card,
@@ -130,8 +131,8 @@ class MAVISTrainer(Trainer):
 
             - A string, being the id or path of the *base model* to guide. The value model's
               backbone is cut from it, `args.num_hidden_layers` deep.
-            - A value model, whose `base_model` is sampled from and whose objectives are those of
-              `reward_funcs`.
+            - A value model, or the folder of one, whose `base_model` is sampled from and whose
+              objectives are those of `reward_funcs`.
         args ([`MAVISConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         reward_funcs (`dict[str, Callable | str | PreTrainedModel]`, or a `list` of these, or one):
@@ -189,6 +190,19 @@ class MAVISTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         read_weights_in_every_process()
+        if isinstance(model, str) and is_value_model(model):
+            model = MAVISValueModel.load(model)
+        if not isinstance(model, (str, MAVISValueModel, MAVISValueHeads)):
+            raise TypeError(
+                "`model` must be the id or path of a base model, or a value model to train on, got "
+                f"{type(model).__name__}: of a loaded base model, give the id or path, since "
+                "rollouts are sampled from it by vLLM or in another process"
+            )
+        if args is not None and not isinstance(args, MAVISConfig):
+            raise TypeError(
+                f"`args` must be a MAVISConfig, got {type(args).__name__}: `beta`, `temperature` "
+                "and `num_iterations` mean other things there; give its fields to MAVISConfig"
+            )
         base_model = model if isinstance(model, str) else getattr(model.config, "base_model", None)
         if base_model is None:
             raise ValueError(
@@ -1101,6 +1115,16 @@ def precision_of(kwargs: Mapping[str, Any] | None) -> dict[str, str]:
     names = ("dtype", "torch_dtype", "quantization", "quantization_config", "revision",
              "subfolder", "hf_overrides", "kv_cache_dtype")  # fmt: skip
     return {name: str(kwargs[name]) for name in names if kwargs and name in kwargs}
+
+
+def is_value_model(name: str) -> bool:
+    """Whether a name is the folder of a value model, and not of a base model."""
+    config = Path(name) / "config.json"
+    try:
+        found = json.loads(config.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return bool(found == MAVISValueConfig.model_type)
 
 
 def end_tokens(base_model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from tokenizers import processors
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from trimtab.plugins import ValueEngine
 from trimtab.plugins.adapters import load_value_models
@@ -303,6 +303,22 @@ def test_value_model_without_base_model_is_refused(tmp_path):
         trainer(model, tmp_path, {"goodness": goodness})
 
 
+def test_the_folder_of_a_value_model_is_that_model(trained, tmp_path):
+    _, _, folder = trained
+    made = trainer(str(folder), tmp_path)
+    torch.testing.assert_close(
+        made.model.state_dict(), MAVISValueModel.load(str(folder)).state_dict()
+    )
+
+
+def test_what_is_neither_a_value_model_nor_a_name_is_refused(base_model, tmp_path):
+    with pytest.raises(TypeError, match="got LlamaForCausalLM: of a loaded base model, give the"):
+        trainer(make_model(), tmp_path)
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="must be a MAVISConfig, got TrainingArguments"):
+        MAVISTrainer(base_model, args, REWARDS, prompts(2))
+
+
 def test_the_chat_template_is_told_what_serving_tells_it(base_model, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% if word %}{{ word }} {% endif %}" + tokenizer.chat_template
@@ -405,7 +421,7 @@ class TestBadInput:
                 processing_class=make_tokenizer(chat_template=False),
             )  # fmt: skip
 
-    @pytest.mark.parametrize("rewards", [{}, [goodness]])
+    @pytest.mark.parametrize("rewards", [{}, []])
     def test_reward_funcs(self, base_model, tmp_path, rewards):
         with pytest.raises(ValueError, match="`reward_funcs` must be a non-empty dict"):
             trainer(base_model, tmp_path, rewards)
