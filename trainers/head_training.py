@@ -561,7 +561,9 @@ class HeadTraining(TrainerCallback):
         score = float(np.mean(np.sign(found) * np.sqrt(np.abs(found))))
         if self.best is None or score > self.best[0]:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            weights = {name: x.detach().clone() for name, x in model.state_dict().items()}
+            weights = {
+                name: x.detach().clone().contiguous() for name, x in model.state_dict().items()
+            }
             self.best = (score, measures, weights)
         return measures
 
