@@ -31,7 +31,6 @@ _PLATEAU = "all losses are equal"
 _REPEATS_COUNT = 8
 # Standard errors that a difference of costs must exceed to count.
 _CLEAR = 2.0
-_PLAIN = 4.0  # the same of a slope that moves all knobs with levels at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -751,11 +750,7 @@ class _CONGO(base.Optimizer):
         """Moves to better levels: of each knob the one whose measured effect is best."""
         d, gradient = self.dimension, estimate.gradient
         jump, gain = np.zeros(d), 0.0
-        noise = self._noise.size if math.isnan(estimate.noise) else estimate.noise
-        # A slope that all share, a price, is every knob's, and moves them all: it must be plain.
-        error = _PLAIN * max(noise, self._noise.size)
-        shared = abs(estimate.common) * estimate.leverage > error
-        likely = np.isin(self._levels.positions, estimate.support) | shared
+        likely = np.isin(self._levels.positions, estimate.support)
         down, up = self._levels.neighbours(self._x, self._length)
         for k in np.flatnonzero(
             (likely | np.isin(self._levels.positions, list(estimate.bends))) & self._levels.integers
@@ -771,6 +766,7 @@ class _CONGO(base.Optimizer):
                 jump[i], gain = s, gain - effect
         # Two categories are two columns of opposite sign: neither is likely, their effect may be.
         visits = self._share * self._round.told(repeats=False)
+        noise = self._noise.size if math.isnan(estimate.noise) else estimate.noise
         doubt = _CLEAR * noise * math.sqrt(2.0 / visits)
         for chosen, weights in self._levels.categories(self._x):
             best = int(weights[np.argmin(gradient[weights])])

@@ -122,7 +122,6 @@ class Estimate:
         noise: standard deviation of one measurement around the fit; NaN if nothing tells.
         bend: cost that perturbations add on average, per squared length a knob; NaN if not fitted.
         common: the slope that all coordinates share, part of the gradient.
-        leverage: what the noise of a measurement is divided by to give its standard error.
         bends: of a coordinate with levels, cost of a step either way, per unit length.
         left: ``[n + 1]`` what the fit leaves of the losses, the base point's first, or None.
         spread: mean squared residual of the long rows over that of the short ones, or NaN.
@@ -136,7 +135,6 @@ class Estimate:
     noise: float = math.nan
     bend: float = math.nan
     common: float = 0.0
-    leverage: float = 0.0
     bends: dict[int, float] = dataclasses.field(default_factory=dict)
     spread: float = math.nan
     left: FloatArray | None = None
@@ -263,7 +261,6 @@ def sparse(measurements: Measurements, told: np.ndarray, losses: FloatArray) -> 
     gradient[measurements.leveled[~np.isin(measurements.leveled, measurements.integers)]] -= common
     degrees = max(n - 1 - float(inclusion.sum()), 1.0)
     squares = np.square(left[1:])
-    noise = float(np.linalg.norm(left)) / math.sqrt(degrees)
     long = lengths > np.mean(lengths)
     known = min(long.sum(), (~long).sum()) >= 3 and squares[~long].any()
     return Estimate(
@@ -272,10 +269,9 @@ def sparse(measurements: Measurements, told: np.ndarray, losses: FloatArray) -> 
         ratio(left, signal),
         float(losses[0] - left[0]),
         _rms(losses),
-        noise=noise,
+        noise=float(np.linalg.norm(left)) / math.sqrt(degrees),
         bend=float(mean[-2]),
         common=common,
-        leverage=float(np.linalg.norm(extra[:, 0])),
         bends={
             int(working[i]): float(mean[working.size + k])
             for k, i in enumerate(integers)

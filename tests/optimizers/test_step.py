@@ -340,22 +340,3 @@ def test_options_that_do_not_go_together():
         ParametrizedCONGO(normalize=True)
     with pytest.raises(ValueError, match="max_regression is 0"):
         ParametrizedCONGO(max_regression=0)
-
-
-@pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_integers_follow_a_slope_that_all_share(noise):
-    """Thirty replicas each cost their price; a latency wants twelve of one."""
-    knobs = {f"k{i:02d}": ng.p.Scalar(init=10, lower=1, upper=20) for i in range(30)}
-    parametrization = ng.p.Dict(**{k: x.set_integer_casting() for k, x in knobs.items()})
-    parametrization.random_state.seed(0)
-    optimizer = ng.optimizers.registry["CONGO"](parametrization, budget=600)
-    rng = np.random.default_rng(0)
-
-    def cost(k):
-        return sum(k.values()) + 10 * abs(k["k03"] - 12)
-
-    for _ in range(600):
-        candidate = optimizer.ask()
-        optimizer.tell(candidate, cost(candidate.value) + noise * rng.standard_normal())
-    assert cost(dict.fromkeys(knobs, 10)) == 320  # at the start; 41 is the least
-    assert cost(optimizer.recommend().value) < (42 if not noise else 60)
