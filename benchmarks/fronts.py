@@ -1,6 +1,6 @@
 """Fronts of the demo's four rewards: value heads, best-of-N, and both together.
 
-    python benchmarks/fronts.py            # half an hour on two cores, an interrupted run goes on
+    python benchmarks/fronts.py            # ten minutes on two cores, an interrupted run goes on
 
 Held-out prompts of the demo, sampled by vLLM from the 40 likeliest tokens; a method's figure at a
 KL is read off along its strengths. `pareto.py` has fine-tuned policies and prompting, beside a
@@ -29,7 +29,7 @@ from trimtab.trainers.samplers import VLLMSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _policies import ROOT, read_prompts, rewards
-from pareto import CONFLICT, OBJECTIVES, REFERENCES, TOP_K, all_weights
+from pareto import CONFLICT, OBJECTIVES, REFERENCES, TOP_K, all_weights, claim
 
 BETAS = (4.0, 8.0)
 BEST_OF = (4, 16)
@@ -118,17 +118,16 @@ class Arms:
         return respond
 
     def policies(self) -> list[Policy]:
-        model = guidance_fingerprint(self.args.value_model)
-        seeds = self.args.seeds
+        seeds, largest = self.args.seeds, max(self.args.best_of)
         arms = [Policy("unguided", self.plain(0.0), weights=[{}])]
         for beta in self.args.betas:
-            arms.append(Policy("heads", self.plain(beta), beta, identity=model))
+            arms.append(Policy("heads", self.plain(beta), beta))
             name = f"heads, best of {OF_GUIDED}"
             few = max(1, seeds // OF_GUIDED)  # the same responses, in groups
             respond = self.best_of(OF_GUIDED, beta)
-            arms.append(Policy(name, respond, beta, seeds=few, identity=model))
+            arms.append(Policy(name, respond, beta, seeds=few))
         for count in self.args.best_of:
-            few = max(1, seeds * max(self.args.best_of) // OF_GUIDED // count)
+            few = max(1, min(seeds, largest // count))  # disjoint parts of one pool
             arms.append(Policy(f"best of {count}", self.best_of(count), count, seeds=few))
         return arms
 
@@ -175,6 +174,11 @@ def main() -> None:
     parser.add_argument("--best-of", nargs="+", type=int, default=list(BEST_OF))
     parser.add_argument("--report", type=Path, default=ROOT / "docs/fronts")
     args = parser.parse_args()
+    settings = {
+        "base": str(args.base), "value_model": guidance_fingerprint(args.value_model),
+        "top_k": TOP_K, "max_tokens": args.max_tokens,
+    }  # fmt: skip
+    claim(args.artifacts, settings)  # responses of others are not taken for theirs
     args.prompts = read_prompts("test")[: args.prompts]
     policies = Arms(args).policies()
     points = sweep(

@@ -210,6 +210,9 @@ def test_heads_and_best_of_n_of_tiny_models(base_model, tmp_path, monkeypatch):
         assert best["kl"]["value"] == pytest.approx(expected)
     assert of["best of 16", 16, one]["kl"]["value"] == pytest.approx(np.log(16) - 15 / 16)
     assert "| readability, rarity | 10 |" in (tmp_path / "front.md").read_text()
+    monkeypatch.setattr(sys, "argv", [*map(str, command[:-1]), "5"])
+    with pytest.raises(SystemExit, match="give another --artifacts"):
+        fronts.main()
 
 
 PARKS = [{"role": "user", "content": "Write two sentences about city parks."}]

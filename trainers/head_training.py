@@ -468,7 +468,7 @@ class HeadTraining(TrainerCallback):
         for i, name in enumerate(trainer.objectives):
             items, held_out = self._read({split: of[name] for split, of in folders.items()})
             weights = torch.zeros(1, len(trainer.objectives), device=device)
-            weights[0, i] = trainer.args.beta * (heads.config.candidate_scale or [])[i]
+            weights[0, i] = trainer.args.beta * heads.config.candidate_scale[i]
             for item in (*items, *held_out):
                 hidden, candidates = (item[key].to(device) for key in ("hidden", "candidates"))
                 scores = guide.scores(hidden, candidates.long(), weights.expand(len(hidden), -1))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import patch_environment
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.utils import logging
 
@@ -64,21 +65,6 @@ class Piece:
 
     def __getitem__(self, part: slice) -> Piece:
         return Piece(self.tokens[part], self.log_ratios[part], self.kls[part])
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Sets environment variables for a while: other engines of this process have their own."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 class Sampler(Protocol):
@@ -207,7 +193,7 @@ class VLLMSampler:
             }
         # The requests of a call enter one engine in a fixed order, so that its batches, and with
         # them the last bits of its logits, are the same in every run.
-        with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):
+        with patch_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"):
             self.llm = LLM(model=model, **kwargs)
 
     def __call__(
