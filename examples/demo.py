@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct is sampled and four reward functions judge it; value heads on its hidden state
 learn to predict them; `vllm serve` loads these; held-out prompts are answered over HTTP under a
-sweep of weights. Leaves `demo.png`, `demo.json` and `responses.md` in `artifacts/demo`. About 18
+sweep of weights. Leaves `demo.png`, `demo.json` and `responses.md` in `artifacts/demo`. About 15
 minutes on two CPU cores; an interrupted run goes on where it stopped.
 """
 
