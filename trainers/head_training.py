@@ -504,12 +504,6 @@ class HeadTraining(TrainerCallback):
         items = found["train"]
         if "eval" in found:
             return items, found["eval"]
-        if len(items) < HELD_OUT:
-            raise ValueError(
-                f"heads are chosen and scaled by held-out prompts, and there are {len(items)} "
-                f"prompts: give an `eval_dataset`, or at least {HELD_OUT} prompts, of which "
-                "one in so many is held out"
-            )
         return [x for i, x in enumerate(items) if i % HELD_OUT], items[::HELD_OUT]
 
     def _dataset(self, items: Sequence[Any] = (), folder: Path | None = None) -> HeadDataset:

@@ -28,14 +28,14 @@ class MAVISConfig(TrainingArguments):
     Parameters:
         > Parameters that control the model
 
+        head_type (`str`, *optional*, defaults to `"hidden"`):
+            Head of the value model. `"hidden"` reads the values of all candidates from the base
+            model's own hidden state, without a backbone. `"state"`, the paper's, reads a
+            candidate's value at the candidate's own position, in a backbone.
         num_hidden_layers (`int` or `None`, *optional*, defaults to `4`):
-            Number of the base model's first blocks that make the value model's backbone, used when
-            the `model` argument of the [`MAVISTrainer`] is provided as a string. If `None`, all are
-            kept.
-        head_type (`str`, *optional*, defaults to `"state"`):
-            Head of the value model, used when `model` is a string. `"state"` reads a candidate's
-            value at the candidate's own position. `"hidden"` reads the values of all candidates
-            from the base model's own hidden state, without a backbone.
+            Number of the base model's first blocks that make the backbone of `head_type="state"`,
+            used when the `model` argument of the [`MAVISTrainer`] is provided as a string. If
+            `None`, all are kept.
         action_rank (`int`, *optional*, defaults to `32`):
             Rank of the projections of heads on the base model's hidden state, used when `model` is
             a string.
@@ -129,9 +129,9 @@ class MAVISConfig(TrainingArguments):
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
-    > - `learning_rate`: Defaults to `2e-4`, with `head_type="hidden"` to `1e-3`, instead of `5e-5`.
+    > - `learning_rate`: Defaults to `1e-3`, with `head_type="state"` to `2e-4`, instead of `5e-5`.
     > - `per_device_train_batch_size`: Defaults to `4` instead of `8`; one item is a tree.
-    > - `num_train_epochs`: Defaults to `2` instead of `3`, but with `head_type="hidden"`.
+    > - `num_train_epochs`: Defaults to `2` instead of `3` with `head_type="state"`.
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`; reward functions get all
@@ -149,8 +149,8 @@ class MAVISConfig(TrainingArguments):
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "The initial learning rate for AdamW. If `None`, it defaults to `2e-4`, with "
-            "`head_type='hidden'` to `1e-3`."
+            "help": "The initial learning rate for AdamW. If `None`, it defaults to `1e-3`, with "
+            "`head_type='state'` to `2e-4`."
         },
     )
     per_device_train_batch_size: int = field(
@@ -160,8 +160,8 @@ class MAVISConfig(TrainingArguments):
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Total number of training epochs to perform. If `None`, it defaults to `2`, "
-            "with `head_type='hidden'` to `3`."
+            "help": "Total number of training epochs to perform. If `None`, it defaults to `3`, "
+            "with `head_type='state'` to `2`."
         },
     )
     logging_steps: float = field(
@@ -184,21 +184,21 @@ class MAVISConfig(TrainingArguments):
     )
 
     # Parameters that control the model
+    head_type: str = field(
+        default="hidden",
+        metadata={
+            "help": "Head of the value model. `'hidden'` reads the values of all candidates from "
+            "the base model's own hidden state, without a backbone. `'state'`, the paper's, reads "
+            "a candidate's value at the candidate's own position, in a backbone.",
+            "choices": ["hidden", "state"],
+        },
+    )
     num_hidden_layers: int | None = field(
         default=4,
         metadata={
-            "help": "Number of the base model's first blocks that make the value model's backbone, "
-            "used when the `model` argument of the `MAVISTrainer` is provided as a string. If "
-            "`None`, all are kept."
-        },
-    )
-    head_type: str = field(
-        default="state",
-        metadata={
-            "help": "Head of the value model, used when `model` is a string. `'state'` reads a "
-            "candidate's value at the candidate's own position. `'hidden'` reads the values of all "
-            "candidates from the base model's own hidden state, without a backbone.",
-            "choices": ["state", "hidden"],
+            "help": "Number of the base model's first blocks that make the backbone of "
+            "`head_type='state'`, used when the `model` argument of the `MAVISTrainer` is provided "
+            "as a string. If `None`, all are kept."
         },
     )
     action_rank: int = field(

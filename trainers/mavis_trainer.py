@@ -55,7 +55,7 @@ from .candidates import (
     candidate_differences,
 )
 from .fingerprints import identify, state_fingerprint, weights_fingerprint
-from .head_training import HeadMetrics, HeadTraining
+from .head_training import HELD_OUT, HeadMetrics, HeadTraining
 from .hidden_states import collate_rows
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
@@ -119,7 +119,7 @@ class MAVISTrainer(Trainer):
     ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     ...     args=MAVISConfig(output_dir="value-model", max_completion_length=32, layers=2),
     ...     reward_funcs={"brevity": brevity},
-    ...     train_dataset=Dataset.from_dict({"prompt": ["The sea", "A city", "My first job"]}),
+    ...     train_dataset=Dataset.from_dict({"prompt": [f"Tell me about {n}" for n in range(16)]}),
     ... )
     >>> trainer.train()
     >>> trainer.save_model()
@@ -129,8 +129,8 @@ class MAVISTrainer(Trainer):
         model (`str` or [`~trimtab.plugins.MAVISValueModel`]):
             Model to be trained. Can be either:
 
-            - A string, being the id or path of the *base model* to guide. The value model's
-              backbone is cut from it, `args.num_hidden_layers` deep.
+            - A string, being the id or path of the *base model* to guide. A value model is made
+              for it, of the kind that `args.head_type` names.
             - A value model, or the folder of one, whose `base_model` is sampled from and whose
               objectives are those of `reward_funcs`.
         args ([`MAVISConfig`], *optional*):
@@ -210,7 +210,14 @@ class MAVISTrainer(Trainer):
                 "MAVISValueModel.from_base_model, or pass the base model's id or path"
             )
         if args is None:
-            args = MAVISConfig(f"{base_model.split('/')[-1]}-MAVIS")
+            head_type = "hidden" if isinstance(model, str) else model.config.head_type
+            args = MAVISConfig(f"{base_model.split('/')[-1]}-MAVIS", head_type=head_type)
+        if not isinstance(model, str) and model.config.head_type != args.head_type:
+            raise ValueError(
+                f"`head_type` is {args.head_type!r} and the value model's is "
+                f"{model.config.head_type!r}, with other default hyperparameters: set "
+                f"head_type={model.config.head_type!r}"
+            )
         if not args.merge_adapter and (not isinstance(model, str) or args.train_embeddings):
             raise ValueError(
                 "`merge_adapter=False` saves what is added to the base model's own blocks: give "
@@ -287,6 +294,12 @@ class MAVISTrainer(Trainer):
         longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
         if self._heads is not None:
             refuse_for_heads(args, peft_config)
+            if eval_dataset is None and len(train_dataset) < HELD_OUT:
+                raise ValueError(
+                    f"`train_dataset` has {len(train_dataset)} prompts, and heads are chosen and "
+                    f"scaled by held-out ones: give an `eval_dataset`, or at least {HELD_OUT} "
+                    "prompts, of which one in so many is held out"
+                )
         else:
             check_servable(value_model, longest + args.max_completion_length)
             value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
@@ -1168,7 +1181,7 @@ def refuse_for_heads(args: MAVISConfig, peft_config: Any) -> None:
     if peft_config is not None or args.train_embeddings or not args.merge_adapter:
         raise ValueError(
             "`peft_config`, `train_embeddings` and `merge_adapter` are for a backbone, and heads "
-            "on the base model's hidden state have none: leave them out with head_type='hidden'"
+            "on the base model's hidden state have none: leave them out, or set head_type='state'"
         )
 
 

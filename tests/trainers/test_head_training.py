@@ -499,13 +499,30 @@ def test_arguments_that_heads_do_not_take_are_refused(tmp_path, fields, message)
         MAVISConfig(str(tmp_path), head_type="hidden", use_cpu=True, **fields)
 
 
+def test_too_few_prompts_to_hold_any_out_are_refused_before_sampling(base_model, tmp_path):
+    with pytest.raises(ValueError, match=r"`train_dataset` has 7 prompts.*at least 8"):
+        trainer(base_model, tmp_path, data=prompts(7), **FIELDS)
+    assert not list(tmp_path.rglob("trees-*"))
+    trainer(base_model, tmp_path, data=prompts(7), eval_dataset=prompts(1), **FIELDS)
+
+
+def test_a_value_model_of_another_kind_than_the_arguments_is_refused(base_model, tmp_path):
+    model = MAVISValueModel.from_base_model(
+        base_model, ["goodness", "badness"], num_hidden_layers=1
+    )
+    with pytest.raises(
+        ValueError, match="`head_type` is 'hidden' and the value model's is 'state'"
+    ):
+        trainer(model, tmp_path, **FIELDS)
+
+
 def test_defaults_depend_on_the_head(tmp_path):
     chosen = [
         (args.learning_rate, args.num_train_epochs)
         for args in (
             MAVISConfig(str(tmp_path), use_cpu=True),
-            MAVISConfig(str(tmp_path), use_cpu=True, head_type="hidden"),
-            MAVISConfig(str(tmp_path), use_cpu=True, head_type="hidden", learning_rate=5e-4),
+            MAVISConfig(str(tmp_path), use_cpu=True, head_type="state"),
+            MAVISConfig(str(tmp_path), use_cpu=True, learning_rate=5e-4),
         )
     ]
-    assert chosen == [(2e-4, 2.0), (1e-3, 3.0), (5e-4, 3.0)]
+    assert chosen == [(1e-3, 3.0), (2e-4, 2.0), (5e-4, 3.0)]

@@ -50,6 +50,7 @@ def config(folder, **fields):
     return MAVISConfig(
         str(folder),
         **{
+            "head_type": "state",
             "num_hidden_layers": 2,
             "max_completion_length": 12,
             "layers": 3,
@@ -536,7 +537,6 @@ def test_example_of_the_class_runs(base_model, tmp_path, monkeypatch):
     lines = [line.strip() for line in example.splitlines() if line.strip()]
     code = "\n".join(line[4:] for line in lines)
     code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", base_model)
-    code = code.replace('output_dir="value-model"', 'output_dir="value-model", num_hidden_layers=1')
     exec(code, {})
     assert MAVISValueModel.load("value-model").config.objectives == ["brevity"]
 
