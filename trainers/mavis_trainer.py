@@ -294,9 +294,10 @@ class MAVISTrainer(Trainer):
         longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
         if self._heads is not None:
             refuse_for_heads(args, peft_config)
-            if eval_dataset is None and len(train_dataset) < HELD_OUT:
+            count = len(self._prompt_ids["train"])
+            if eval_dataset is None and count < HELD_OUT:
                 raise ValueError(
-                    f"`train_dataset` has {len(train_dataset)} prompts, and heads are chosen and "
+                    f"`train_dataset` has {count} prompts, and heads are chosen and "
                     f"scaled by held-out ones: give an `eval_dataset`, or at least {HELD_OUT} "
                     "prompts, of which one in so many is held out"
                 )
