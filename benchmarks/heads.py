@@ -5,7 +5,7 @@
 The state head, the paper's form, is trained by
 
     python examples/train_value_models.py --config examples/train_value_models.yaml \\
-        --head_type state --num_hidden_layers 4 --learning_rate 4e-4 --output_dir artifacts/state
+        --head_type state --learning_rate 4e-4 --num_train_epochs 3 --output_dir artifacts/state
 
 Held-out prompts are answered under every value model, objective and beta; the KL of a response is
 exact at every step and summed along it. The gain at a KL is read off each model's curve. Writes

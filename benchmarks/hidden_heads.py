@@ -1,20 +1,21 @@
 """What raises the KL efficiency of heads on the base model's hidden state, by rollouts alone.
 
-    python benchmarks/hidden_heads.py        # on the rollouts of `make demo`
+    python benchmarks/hidden_heads.py --sample_more    # trees of 720 further prompts
+    python benchmarks/hidden_heads.py                  # on these and the rollouts of `make demo`
 
-Every variant is trained as `MAVISTrainer` trains heads, on the same trees for as many steps, and
-measured on the held-out prompts' trees: `C^2 / D`, the squared gain by two nats of weak guidance,
-in variances of the reward. A state head on the same rollouts (`heads.py` says how to train it) is
+Every variant is trained as `MAVISTrainer` trains heads, on the same trees for as many steps (more
+trees than the demo's 240: for as many epochs), and measured on the held-out prompts' trees:
+`C^2 / D`, the squared gain by two nats of weak guidance, in variances of the reward. State heads on
+the same rollouts (`heads.py` says how to train one; `--data_seed 1` and `2` make the others) are
 measured at a fifth of the prefixes, and the default heads there too. Writes
-`benchmarks/results/hidden_heads.json` and `docs/hidden_heads.md`. `heads.py` measures what both
-gain when they are sampled with.
+`benchmarks/results/hidden_heads.json`, in which runs are kept that were made of the same rollouts,
+and `docs/hidden_heads.md`. `heads.py` measures what both gain when they are sampled with.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -23,12 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.plugins.hidden_states import checkpoint_fingerprint
-from trimtab.trainers import read_rollouts
+from trimtab.trainers import MAVISConfig, MAVISTrainer, read_rollouts
 from trimtab.trainers.head_training import (
     add_baseline,
     add_excess,
@@ -48,10 +51,12 @@ from trimtab.trainers.hidden_states import (
     tree_collator,
 )
 from trimtab.trainers.rewards import reward_statistics
+from trimtab.trainers.run_state import trees_fingerprint
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = ["positivity", "rarity", "readability", "relevance"]
 TOP_K, MAX_LENGTH = 40, 1024
+DEMO = 240  # trees to train on
 EVERY = 5  # prefix of which the state head is measured at
 
 
@@ -90,7 +95,16 @@ VARIANTS = {
     "60 trees": Variant(trees=60),
     "120 trees": Variant(trees=120),
     "180 trees": Variant(trees=180),
+    "480 trees": Variant(trees=480),
+    "960 trees": Variant(trees=960),
 }
+# As those of the demo, in pairs of which a topic has one
+TEMPLATES = (
+    "Write two sentences about {}.", "Give me your honest opinion about {}.",
+    "Tell me a very short story about {}.", "What should I know about {}?",
+    "Describe {} to someone who has never heard of it.", "Write a short review of {}.",
+    "What do people usually feel about {}?", "Explain why {} can matter to people.",
+)  # fmt: skip
 
 
 def loss_of(
@@ -122,10 +136,11 @@ def train(
         action_rank=variant.rank,
         ensemble_size=variant.members,
     )
-    chosen = [dict(items[i]) for i in rng.permutation(len(items))[: variant.trees]]
+    chosen = [dict(items[i]) for i in rng.permutation(min(len(items), max(DEMO, variant.trees)))]
+    chosen = chosen[: variant.trees]
     model.set_statistics(torch.cat([item["hidden"] for item in chosen]))
     set_values(model, chosen)
-    if variant.sums and len(chosen) < len(items):  # else they have that of all
+    if variant.sums and len(chosen) != DEMO:  # else they have that of all the demo's
         add_baseline(chosen, [], embedding, torch.device("cpu"))
     elif not variant.sums:
         values = fit_values(chosen, lambda item: model.standardize(item["hidden"]))[1]
@@ -137,7 +152,7 @@ def train(
     optimizer = torch.optim.AdamW(
         model.parameters(), variant.learning_rate, weight_decay=variant.weight_decay
     )
-    steps = int(variant.epochs * len(items) / batch_size)
+    steps = int(variant.epochs * max(DEMO, variant.trees) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     queue: list[int] = []
     curve = []
@@ -217,16 +232,14 @@ def mean_gain(values: np.ndarray) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Every variant's efficiency by objective, median and range over seeds, in Markdown."""
-    command = "python benchmarks/hidden_heads.py"
-    if list(result["variants"]) != list(VARIANTS):
-        command += " --variants " + " ".join(map(shlex.quote, result["variants"]))
     lines = [
         "# KL efficiency of heads on the base model's hidden state",
         "",
         f"Held-out prompts of the demo ({result['held_out']} trees), medians of {result['seeds']} "
         "seeds and their range; the interval over the trees, about as large as half of the value, "
         "is in `hidden_heads.json`. As the trainer does, of every run the best fifth is kept, by "
-        f"the last column and on the same trees. `{command}`.",
+        "the last column and on the same trees. The demo has 240 trees; 480 and 960 are of further "
+        "prompts, in the same words on other topics. `python benchmarks/hidden_heads.py`.",
         "",
         f"| | {' | '.join(OBJECTIVES)} | mean gain at half a nat |",
         "| --- " * (len(OBJECTIVES) + 2) + "|",
@@ -239,21 +252,47 @@ def table(result: dict[str, Any]) -> str:
             cells = [f"{c} [{v.min():.3f}, {v.max():.3f}]" for c, v in zip(cells, values.T)]
         gain = np.median([mean_gain(v) for v in values])
         lines.append(f"| {name} | {' | '.join(cells)} | {gain:.3f} |")
-    for name, measures in result.get("some_prefixes", {}).items():
-        cells = [
-            "{value:.3f} [{low:.3f}, {high:.3f}]".format(**m["kl_efficiency"]) for m in measures
-        ]
-        lines.append(
-            f"| {name}, at one prefix in {EVERY} (95 % over trees) | {' | '.join(cells)} | |"
-        )
+    for name, runs in result.get("some_prefixes", {}).items():
+        values = np.array([efficiencies(run) for run in runs])
+        cells = [f"{np.median(v):.3f} [{v.min():.3f}, {v.max():.3f}]" for v in values.T]
+        gain = np.median([mean_gain(v) for v in values])
+        lines.append(f"| {name}, at one prefix in {EVERY} | {' | '.join(cells)} | {gain:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+def sample_more(args: argparse.Namespace) -> None:
+    """Samples trees to further prompts as the demo does, and reads their hidden states."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import rewards
+
+    topics = (ROOT / "benchmarks/topics.txt").read_text().splitlines()
+    prompts = [
+        [{"role": "user", "content": template.format(topic)}]
+        for i, topic in enumerate(topics)
+        for template in TEMPLATES[i % 2 :: 2]
+    ]
+    config = yaml.safe_load((ROOT / "examples/train_value_models.yaml").read_text())
+    for name in ("model_name_or_path", "dataset_name", "reward_funcs"):
+        config.pop(name)
+    more = {"output_dir": str(args.more), "rollout_dir": str(args.more)}
+    trainer = MAVISTrainer(
+        args.base,
+        MAVISConfig(**{**config, **more}),
+        {name: getattr(rewards, name) for name in OBJECTIVES},
+        Dataset.from_dict({"prompt": prompts}),
+    )
+    trainer.collect_rollouts()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="artifacts/smollm2")
     parser.add_argument("--rollouts", type=Path, default=Path("artifacts/rollouts"))
-    parser.add_argument("--value-model", default="artifacts/state")
+    parser.add_argument("--more", type=Path, default=Path("artifacts/more_rollouts"))
+    parser.add_argument("--sample_more", action="store_true")
+    parser.add_argument(
+        "--value-models", nargs="*", default=[f"artifacts/state{seed}" for seed in ("", "_1", "_2")]
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument(
@@ -261,12 +300,17 @@ def main() -> None:
     )
     parser.add_argument("--table", type=Path, default=ROOT / "docs/hidden_heads.md")
     args = parser.parse_args()
+    if args.sample_more:
+        sample_more(args)
+        return
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto")
     fingerprint, datasets = checkpoint_fingerprint(args.base), {}
-    trees = read_rollouts(args.rollouts / "train")
-    mean, std = reward_statistics(trees, OBJECTIVES)
-    for name in ("train", "eval"):
-        folder = args.rollouts / name
+    folders = {"train": args.rollouts / "train", "eval": args.rollouts / "eval"}
+    if max(VARIANTS[name].trees for name in args.variants) > DEMO:
+        folders["more"] = args.more / "train"
+    trees = {name: read_rollouts(folder) for name, folder in folders.items()}
+    mean, std = reward_statistics(trees["train"], OBJECTIVES)
+    for name, folder in folders.items():
         cache_hidden_states(
             folder, lambda: base, fingerprint, TOP_K, MAX_LENGTH, 2, Accelerator(cpu=True)
         )
@@ -274,32 +318,47 @@ def main() -> None:
     items, held_out = datasets["train"], datasets["eval"]
     embedding = base.get_input_embeddings().weight.detach()
     add_baseline(items, held_out, embedding, torch.device("cpu"))  # all are measured with this one
-    result: dict[str, Any] = {"seeds": args.seeds, "held_out": len(held_out), "variants": {}}
-    default = None
+    items = items + datasets.get("more", [])
+    made_of = {name: trees_fingerprint(found) for name, found in trees.items()}
+    result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    if any(result.get("rollouts", {}).get(name) != made_of[name] for name in ("train", "eval")):
+        result = {}
+    stored = result.get("variants", {})
+    if result.get("rollouts", {}).get("more", made_of.get("more")) != made_of.get("more"):
+        stored = {name: runs for name, runs in stored.items() if VARIANTS[name].trees <= DEMO}
+    result |= {"rollouts": made_of, "seeds": args.seeds, "held_out": len(held_out)}
+    result["variants"] = {name: stored[name] for name in VARIANTS if name in stored}
+    models: list[MAVISValueHeads] = []
     for name in args.variants:
+        known = [r for r in stored.get(name, []) if r["variant"] == asdict(VARIANTS[name])]
+        result["variants"][name] = []
         for seed in range(args.seeds):
-            started = time.monotonic()
-            model, curve = train(VARIANTS[name], items, held_out, base, seed)
-            default = model if default is None else default
-            run = {
-                "seed": seed,
-                "variant": asdict(VARIANTS[name]),
-                "seconds": time.monotonic() - started,
-                "curve": [efficiency(sums) for sums in curve],
-            }
-            result["variants"].setdefault(name, []).append(run)
-            last = [m["kl_efficiency"]["value"] for m in run["curve"][-1]]
-            print(f"{name}, seed {seed}: {np.round(last, 3)}, {run['seconds']:.0f} s", flush=True)
+            found = [run for run in known if run["seed"] == seed]
+            if not found or (name == "default" and args.value_models):
+                started = time.monotonic()
+                model, curve = train(VARIANTS[name], items, held_out, base, seed)
+                models += [model.eval()] if name == "default" else []
+                found = [
+                    {
+                        "seed": seed,
+                        "variant": asdict(VARIANTS[name]),
+                        "seconds": time.monotonic() - started,
+                        "curve": [efficiency(sums) for sums in curve],
+                    }
+                ]
+            result["variants"][name] += found
+            last = [m["kl_efficiency"]["value"] for m in found[0]["curve"][-1]]
+            print(f"{name}, seed {seed}: {np.round(last, 3)}", flush=True)
             args.output.write_text(json.dumps(result, indent=1) + "\n")
-    if Path(args.value_model, "config.json").exists():
-        state = MAVISValueModel.load(args.value_model).eval()
-        heads = (default.eval(), base.get_input_embeddings().weight.detach())
-        both = measure_at_some_prefixes(args.rollouts / "eval", held_out, state, heads)
-        names = ("4-layer state head", args.variants[0])
-        result["some_prefixes"] = {n: efficiency(sums) for n, sums in zip(names, both)}
+    for model, path in zip(models, args.value_models):
+        if model is models[0]:
+            result["some_prefixes"] = {"4-layer state head": [], "default": []}
+        state = MAVISValueModel.load(path).eval()
+        heads = (model, embedding)
+        both = measure_at_some_prefixes(folders["eval"], held_out, state, heads)
+        for runs, sums in zip(result["some_prefixes"].values(), both):
+            runs.append(efficiency(sums))
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-    else:
-        print(f"no state head in {args.value_model}: it is left out", file=sys.stderr)
     args.table.write_text(table(result))
     print(table(result))
 
