@@ -105,9 +105,10 @@ class MAVISConfig(TrainingArguments):
         use_vllm (`bool`, *optional*, defaults to `False`):
             Whether to sample with vLLM, in this process, instead of `model.generate()`. Requires
             `vllm` to be installed.
-        vllm_server_base_url (`str`, *optional*):
+        vllm_server_base_url (`str` or `list[str]`, *optional*):
             Base URL of a running `vllm serve` of the base model to sample from instead, for example
-            `"http://localhost:8000"`. It can do the first iteration only.
+            `"http://localhost:8000"`, or those of several that share the requests. They can do the
+            first iteration only.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Control the GPU memory utilization for vLLM.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
@@ -341,11 +342,12 @@ class MAVISConfig(TrainingArguments):
             "Requires `vllm` to be installed."
         },
     )
-    vllm_server_base_url: str | None = field(
+    vllm_server_base_url: list[str] | None = field(
         default=None,
         metadata={
             "help": "Base URL of a running `vllm serve` of the base model to sample from instead, "
-            "for example `'http://localhost:8000'`. It can do the first iteration only."
+            "for example `'http://localhost:8000'`, or those of several that share the requests. "
+            "They can do the first iteration only."
         },
     )
     vllm_gpu_memory_utilization: float = field(
@@ -400,6 +402,8 @@ class MAVISConfig(TrainingArguments):
         # `TrainingArguments` takes bf16 on a CPU only when it is told to use the CPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        if isinstance(self.vllm_server_base_url, str):
+            self.vllm_server_base_url = [self.vllm_server_base_url]
         for name in (
             "num_iterations",
             "max_completion_length",

@@ -36,8 +36,9 @@ NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-SERVER_REQUESTS = 64  # that wait at once
+SERVER_REQUESTS = 64  # that wait at a server at once
 SERVER_RETRIES = 5  # of a request, with growing pauses
+SERVER_TIMEOUT = 600.0  # seconds of a request, retries included
 # Mean difference of log-probabilities, in nats, up to which a server has the base model's weights:
 # bfloat16 and other kernels differ by a few hundredths, models that were trained further by more.
 SERVER_TOLERANCE = 0.1
@@ -251,13 +252,16 @@ class VLLMSampler:
 
 class ServerSampler:
     """
-    Samples from a vLLM server, over its OpenAI-compatible API. Base model only.
+    Samples from vLLM servers, over their OpenAI-compatible API. Base model only.
+
+    Requests go to whichever server is free. A server that does not answer, fails or takes longer
+    than ten minutes over a request is left out, with a warning, and the others do its work.
 
     Args:
         model (`str`):
-            Id or path of the base model that the server should serve.
-        base_url (`str`):
-            URL of the server, for example `"http://localhost:8000"`.
+            Id or path of the base model that the servers should serve.
+        base_urls (`list[str]`):
+            URLs of the servers, for example `["http://localhost:8000"]`.
         config (`TreeConfig`):
             Temperature and top-k.
         eos_token_ids (`set[int]`):
@@ -265,66 +269,97 @@ class ServerSampler:
         reference (`tuple[list[int], list[float]]`, *optional*):
             Tokens, and the log-probability of each but the first under the base model, see
             [`prompt_log_probs`]. A server that gives others is refused.
+
+    Raises:
+        ConnectionError: no server answers, at first or any more.
+        ValueError: a server has other weights, or is not vLLM.
     """
 
     def __init__(
         self,
         model: str,
-        base_url: str,
+        base_urls: Sequence[str],
         config: TreeConfig,
         eos_token_ids: set[int],
         reference: tuple[list[int], list[float]] | None = None,
     ) -> None:
         try:
-            from openai import APIError, OpenAI
+            from openai import APIError
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "vllm_server_base_url needs openai; pip install openai", name="openai"
             ) from error
-        self.base_url = f"{base_url.rstrip('/').removesuffix('/v1')}/v1"
         self.config = config
         self.eos_token_ids = sorted(eos_token_ids)
-        try:
-            with OpenAI(base_url=self.base_url, api_key=server_key()) as client:
-                served = client.models.list().data
-        except APIError as error:
-            raise ConnectionError(
-                f"no vLLM server answers at vllm_server_base_url={base_url!r} ({error}); start "
-                f"`vllm serve {model}` there, or leave it out to sample in this process"
-            ) from error
-        names = {name: one.id for one in served for name in (one.id, getattr(one, "root", None))}
-        self.model = names.get(model, served[0].id)
-        if reference is not None:
-            self._compare(model, *reference)
-        elif model not in names:
-            logger.warning(
-                f"the server at {base_url!r} serves {[one.id for one in served]}, not by the name "
-                f"{model!r}: make sure that it is the base model, whose responses are learnt from"
-            )
+        self.base_model = model
+        self.servers: dict[str, str] = {}  # the name that each calls the model by
+        failures: dict[str, Exception] = {}
+        for given in base_urls:
+            url = f"{given.rstrip('/').removesuffix('/v1')}/v1"
+            try:
+                self.servers[url] = self._served(url, reference)
+            except APIError as error:
+                failures[url] = error
+        if not self.servers:
+            self._refuse(failures)
+        for url, failure in failures.items():
+            self._leave_out(url, failure)
 
-    def _compare(self, model: str, tokens: list[int], log_probs: list[float]) -> None:
-        """Refuses a server of other weights."""
+    def _served(self, url: str, reference: tuple[list[int], list[float]] | None) -> str:
+        """The name that a server calls the base model by; raises if it serves another."""
         from openai import OpenAI
 
-        with OpenAI(base_url=self.base_url, api_key=server_key()) as client:
-            answer = client.completions.create(
-                model=self.model, prompt=tokens, max_tokens=1, extra_body={"prompt_logprobs": 0}
-            )
+        timeout = SERVER_TIMEOUT / 10
+        with OpenAI(base_url=url, api_key=server_key(), timeout=timeout, max_retries=1) as client:
+            served = client.models.list().data
+            names = {n: one.id for one in served for n in (one.id, getattr(one, "root", None))}
+            name = names.get(self.base_model, served[0].id)
+            if reference is not None:
+                self._compare(client, name, *reference)
+            elif self.base_model not in names:
+                logger.warning(
+                    f"the server at {url!r} serves {[one.id for one in served]}, not by the name "
+                    f"{self.base_model!r}: make sure that it is the base model, whose responses "
+                    "are learnt from"
+                )
+        return name
+
+    def _compare(self, client: Any, name: str, tokens: list[int], log_probs: list[float]) -> None:
+        """Refuses a server of other weights."""
+        answer = client.completions.create(
+            model=name, prompt=tokens, max_tokens=1, extra_body={"prompt_logprobs": 0}
+        )
         found = getattr(answer.choices[0], "prompt_logprobs", None)
         if found is None or len(found) != len(tokens):
             raise ValueError(
-                f"the server at {self.base_url!r} returned no prompt_logprobs; it must be vLLM, "
-                "0.32 or later"
+                f"the server at {str(client.base_url)!r} returned no prompt_logprobs; it must be "
+                "vLLM, 0.32 or later"
             )
         served = [row[str(token)]["logprob"] for token, row in zip(tokens[1:], found[1:])]
         difference = float(np.abs(np.subtract(served, log_probs)).mean())
         if not difference <= SERVER_TOLERANCE:
             raise ValueError(
-                f"the server at vllm_server_base_url={self.base_url!r} serves {self.model!r} with "
-                f"other weights than those of the base model {model!r}: the log-probabilities of "
-                f"{len(tokens)} tokens differ by {difference:.3g} nats in the mean, up to "
-                f"{SERVER_TOLERANCE:g} are rounding. Start `vllm serve {model}` there"
+                f"the server at vllm_server_base_url={str(client.base_url)!r} serves {name!r} with "
+                f"other weights than those of the base model {self.base_model!r}: the "
+                f"log-probabilities of {len(tokens)} tokens differ by {difference:.3g} nats in the "
+                f"mean, up to {SERVER_TOLERANCE:g} are rounding. Start "
+                f"`vllm serve {self.base_model}` there"
             )
+
+    def _leave_out(self, url: str, error: Exception) -> None:
+        self.servers.pop(url, None)
+        logger.warning(
+            f"the server at {url!r} is left out, its work goes to {sorted(self.servers)}: "
+            f"{error or type(error).__name__}"
+        )
+
+    def _refuse(self, failures: Mapping[str, Exception]) -> None:
+        found = "; ".join(f"{url}: {e or type(e).__name__}" for url, e in failures.items())
+        raise ConnectionError(
+            f"no vLLM server answers at vllm_server_base_url ({found}); start "
+            f"`vllm serve {self.base_model}` there and run again, which goes on where this "
+            "stopped, or leave it out to sample in this process"
+        )
 
     def __call__(
         self,
@@ -335,44 +370,71 @@ class ServerSampler:
     ) -> list[Piece]:
         if weights:
             raise ValueError("a server samples from the base model only, not from a MAVIS policy")
-        return asyncio.run(self._sample(prefixes, lengths, seeds))
+        return asyncio.run(self._sample(list(zip(prefixes, lengths, seeds))))
 
-    async def _sample(
-        self, prefixes: list[list[int]], lengths: list[int], seeds: list[int]
-    ) -> list[Piece]:
-        from openai import AsyncOpenAI
+    async def _sample(self, requests: list[tuple[list[int], int, int]]) -> list[Piece]:
+        pieces: dict[int, Piece] = {}
+        failures: dict[str, Exception] = {}
+        while len(pieces) < len(requests):
+            if not self.servers:
+                self._refuse(failures)
+            waiting = [i for i in range(len(requests)) if i not in pieces][::-1]
+            await asyncio.gather(
+                *(self._drain(url, requests, waiting, pieces, failures) for url in self.servers)
+            )
+            for url in failures.keys() & self.servers.keys():
+                self._leave_out(url, failures[url])
+        return [pieces[i] for i in range(len(requests))]
 
-        limit = asyncio.Semaphore(SERVER_REQUESTS)
+    async def _drain(
+        self,
+        url: str,
+        requests: list[tuple[list[int], int, int]],
+        waiting: list[int],
+        pieces: dict[int, Piece],
+        failures: dict[str, Exception],
+    ) -> None:
+        """One server's share of the requests that wait, until it fails."""
+        from openai import APIConnectionError, AsyncOpenAI, InternalServerError
 
-        async def complete(client: Any, prefix: list[int], length: int, seed: int) -> Piece:
-            async with limit:
-                answer = await client.completions.create(
-                    model=self.model,
-                    prompt=prefix,
-                    max_tokens=length,
-                    temperature=self.config.temperature,
-                    seed=seed,
-                    extra_body={
-                        **NEUTRAL,
-                        "top_k": self.config.top_k,
-                        "stop_token_ids": self.eos_token_ids,
-                        "return_token_ids": True,
-                    },
-                )
-            tokens = getattr(answer.choices[0], "token_ids", None)
-            if not tokens:
-                raise ValueError(
-                    f"the server at {self.base_url!r} returned no token ids; it must be vLLM, "
-                    "0.32 or later"
-                )
-            return Piece(list(tokens))
+        async def work(client: Any) -> None:
+            while waiting and url not in failures:
+                i = waiting.pop()
+                try:
+                    async with asyncio.timeout(SERVER_TIMEOUT):
+                        pieces[i] = await self._complete(client, self.servers[url], *requests[i])
+                except (APIConnectionError, InternalServerError, TimeoutError) as error:
+                    failures.setdefault(url, error)
+                    waiting.append(i)  # for another server
 
         async with AsyncOpenAI(
-            base_url=self.base_url, api_key=server_key(), max_retries=SERVER_RETRIES
+            base_url=url, api_key=server_key(), max_retries=SERVER_RETRIES
         ) as client:
-            return await asyncio.gather(
-                *(complete(client, *one) for one in zip(prefixes, lengths, seeds))
+            await asyncio.gather(*(work(client) for _ in range(SERVER_REQUESTS)))
+
+    async def _complete(
+        self, client: Any, model: str, prefix: list[int], length: int, seed: int
+    ) -> Piece:
+        answer = await client.completions.create(
+            model=model,
+            prompt=prefix,
+            max_tokens=length,
+            temperature=self.config.temperature,
+            seed=seed,
+            extra_body={
+                **NEUTRAL,
+                "top_k": self.config.top_k,
+                "stop_token_ids": self.eos_token_ids,
+                "return_token_ids": True,
+            },
+        )
+        tokens = getattr(answer.choices[0], "token_ids", None)
+        if not tokens:
+            raise ValueError(
+                f"the server at {str(client.base_url)!r} returned no token ids; it must be vLLM, "
+                "0.32 or later"
             )
+        return Piece(list(tokens))
 
     def close(self) -> None:
         """Nothing is held between calls."""

@@ -17,6 +17,7 @@ import torch
 from scipy.stats import chisquare
 
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
+from trimtab.trainers import samplers
 from trimtab.trainers.rollouts import TreeConfig
 from trimtab.trainers.samplers import (
     ServerSampler,
@@ -283,14 +284,20 @@ def test_server_that_does_not_answer_is_named(base_model):
     with socket.socket() as probe:  # a port that nobody listens at
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        with pytest.raises(ConnectionError, match=f"vllm_server_base_url='{url}'.*vllm serve"):
-            ServerSampler(base_model, url, TreeConfig(), {END})
+        with pytest.raises(
+            ConnectionError, match=rf"no vLLM server answers .*{url}/v1.*vllm serve"
+        ):
+            ServerSampler(base_model, [url], TreeConfig(), {END})
 
 
 @contextmanager
-def serving(model):
-    """An HTTP server that answers as vLLM's does, and what it was asked."""
+def serving(model, fault=None):
+    """
+    An HTTP server that answers as vLLM's does, and what it was asked. After a few requests it has
+    the `fault`: "dies" with the connections open, "fails" with status 500, or "hangs".
+    """
     asked = []
+    release = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def answer(self, value):
@@ -307,7 +314,17 @@ def serving(model):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(body)
-            choice = {"index": 0, "text": "", "finish_reason": "stop", "token_ids": [5, END]}
+            if len(asked) > 5 and fault == "hangs":
+                release.wait()
+            elif len(asked) > 5 and fault == "fails":
+                self.send_error(500)
+                return
+            elif len(asked) > 5 and fault == "dies":
+                self.connection.close()
+                return
+            # The answer depends on the prompt, so that none can be mistaken for another.
+            answer = [body["prompt"][0], END]
+            choice = {"index": 0, "text": "", "finish_reason": "stop", "token_ids": answer}
             if "prompt_logprobs" in body:
                 found = prompt_log_probs(model, body["prompt"])
                 rows = [{str(t): {"logprob": x}} for t, x in zip(body["prompt"][1:], found)]
@@ -320,12 +337,16 @@ def serving(model):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 256
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked
     finally:
+        release.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -346,20 +367,49 @@ def test_server_of_other_weights_is_refused():
         with serving(served) as (url, _):
             if refused:
                 message = (
-                    rf"vllm_server_base_url='{url}/v1' serves 'served' with other weights.*nats"
+                    rf"vllm_server_base_url='{url}/v1/' serves 'served' with other weights.*nats"
                 )
                 with pytest.raises(ValueError, match=message):
-                    ServerSampler("base", url, TreeConfig(), {END}, reference)
+                    ServerSampler("base", [url], TreeConfig(), {END}, reference)
             else:
-                ServerSampler("base", url, TreeConfig(), {END}, reference)
+                ServerSampler("base", [url], TreeConfig(), {END}, reference)
+
+
+@pytest.mark.parametrize("fault", ["dies", "fails", "hangs"])
+def test_a_server_that_fails_is_left_out_and_the_others_do_its_work(monkeypatch, fault):
+    pytest.importorskip("openai")
+    monkeypatch.setattr(samplers, "SERVER_RETRIES", 0)
+    monkeypatch.setattr(samplers, "SERVER_TIMEOUT", 20.0 if fault == "hangs" else 600.0)
+    warnings = []
+    monkeypatch.setattr(samplers.logger, "warning", warnings.append)
+    prefixes = [[i] for i in range(200)]
+    with serving(None) as (sound, asked), serving(None, fault) as (broken, asked_too):
+        sampler = ServerSampler("served", [broken, sound], TreeConfig(), {END})
+        for _ in range(2):
+            pieces = sampler(prefixes, [3] * 200, [1] * 200)
+            assert [piece.tokens for piece in pieces] == [[i, END] for i in range(200)]
+        assert len(asked) > 200 and len(asked_too) > 5
+    assert len(warnings) == 1
+    assert f"'{broken}/v1' is left out, its work goes to ['{sound}/v1']" in warnings[0]
+
+
+def test_requests_are_shared_and_no_server_left_is_an_error(monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setattr(samplers, "SERVER_RETRIES", 0)
+    with serving(None) as (one, asked), serving(None) as (other, asked_too):
+        sampler = ServerSampler("served", [one, other], TreeConfig(), {END})
+        sampler([[i] for i in range(200)], [3] * 200, [1] * 200)
+        assert len(asked) + len(asked_too) == 200 and min(len(asked), len(asked_too)) > 20
+    with pytest.raises(ConnectionError, match=rf"no vLLM server answers.*({one}|{other}).*again"):
+        sampler([[1]], [3], [1])
 
 
 def test_requests_leave_nothing_to_the_servers_defaults():
     """All that vLLM takes from a generation config where a request says nothing."""
     pytest.importorskip("openai")
     with serving(make_model()) as (url, asked):
-        sampler = ServerSampler("served", url, TreeConfig(top_k=7, temperature=0.5), {END})
-        assert sampler([[4, 5]], [3], [1])[0].tokens == [5, END]
+        sampler = ServerSampler("served", [url], TreeConfig(top_k=7, temperature=0.5), {END})
+        assert sampler([[4, 5]], [3], [1])[0].tokens == [4, END]
     (request,) = asked
     defaults = {
         "temperature": 0.5, "top_k": 7, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
