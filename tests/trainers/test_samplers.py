@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from scipy.stats import chisquare
 
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.trainers import samplers
-from trimtab.trainers.rollouts import TreeConfig
+from trimtab.trainers.rollouts import TreeConfig, collect_rollouts, read_rollouts
 from trimtab.trainers.samplers import (
     ServerSampler,
     TransformersSampler,
@@ -27,7 +29,7 @@ from trimtab.trainers.samplers import (
     prompt_log_probs,
 )
 
-from .conftest import END, make_model, make_tokenizer
+from .conftest import END, VOCABULARY, make_model, make_tokenizer
 
 TESTS = Path(__file__).parents[1]  # where subprocesses find this module
 GUIDED = TreeConfig(top_k=5, temperature=0.7)
@@ -391,6 +393,77 @@ def test_a_server_that_fails_is_left_out_and_the_others_do_its_work(monkeypatch,
         assert len(asked) > 200 and len(asked_too) > 5
     assert len(warnings) == 1
     assert f"'{broken}/v1' is left out, its work goes to ['{sound}/v1']" in warnings[0]
+
+
+def test_rollouts_over_two_real_servers_survive_the_death_of_one(
+    base_model, tokenizer, tmp_path, monkeypatch
+):
+    """Every tree is there once, and is what a server alone would have sampled."""
+    pytest.importorskip("vllm")
+    pytest.importorskip("openai")
+    prompts = [f"a b {word}" for word in VOCABULARY[4:]]
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    config = TreeConfig(max_completion_length=12, layers=3, top_k=5)
+    reference = TOKENS, prompt_log_probs(make_model(), TOKENS)
+    complete, answered = ServerSampler._complete, 0
+
+    def collect(name, urls):
+        return collect_rollouts(
+            tmp_path / name, prompts, {}, tokenizer, prompt_ids, {}, config, {END},
+            lambda: ServerSampler(base_model, urls, config, {END}, reference), {}, batch_size=5,
+        )  # fmt: skip
+
+    with vllm_servers(base_model, tmp_path, 2) as ((one, url), (_, other)):
+
+        async def kill_one_after_a_while(*args):
+            nonlocal answered
+            answered += 1
+            if answered == 40:
+                one.kill()
+            return await complete(*args)
+
+        alone = collect("alone", [other])
+        monkeypatch.setattr(ServerSampler, "_complete", kill_one_after_a_while)
+        monkeypatch.setattr(samplers, "SERVER_RETRIES", 2)
+        warnings = []
+        monkeypatch.setattr(samplers.logger, "warning", warnings.append)
+        shared = collect("shared", [url, other])
+        assert len(warnings) == 1 and f"'{url}/v1' is left out" in warnings[0]
+    assert shared == alone == read_rollouts(tmp_path / "shared")
+    assert [tree.prompt_index for tree in shared] == list(range(len(prompts)))
+
+
+@contextmanager
+def vllm_servers(model, folder, count):
+    """The processes and URLs of so many `vllm serve`."""
+    servers = []
+    try:
+        for number in range(count):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            command = [
+                sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+                "--dtype", "float32", "--enforce-eager", "--max-model-len", "128",
+                "--max-num-seqs", "32", "--host", "127.0.0.1", "--port", str(port),
+            ]  # fmt: skip
+            env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+            log = (folder / f"server-{number}.log").open("w")
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+            servers.append((process, f"http://127.0.0.1:{port}"))
+        for process, url in servers:
+            while True:  # pytest's own limit catches a hang
+                assert process.poll() is None, (folder / "server-0.log").read_text()[-3000:]
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(1)
+        yield servers
+    finally:
+        for process, _ in servers:
+            process.terminate()
+            process.wait()
 
 
 def test_requests_are_shared_and_no_server_left_is_an_error(monkeypatch):
