@@ -3,6 +3,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -419,7 +420,7 @@ def test_rollouts_over_two_real_servers_survive_the_death_of_one(
             nonlocal answered
             answered += 1
             if answered == 40:
-                one.kill()
+                os.killpg(one.pid, signal.SIGKILL)
             return await complete(*args)
 
         alone = collect("alone", [other])
@@ -449,7 +450,9 @@ def vllm_servers(model, folder, count):
             ]  # fmt: skip
             env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
             log = (folder / f"server-{number}.log").open("w")
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
             servers.append((process, f"http://127.0.0.1:{port}"))
         for process, url in servers:
             while True:  # pytest's own limit catches a hang
@@ -462,7 +465,7 @@ def vllm_servers(model, folder, count):
         yield servers
     finally:
         for process, _ in servers:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)  # its engine, too, where it has died itself
             process.wait()
 
 
