@@ -138,7 +138,7 @@ def train(
     )
     chosen = [dict(items[i]) for i in rng.permutation(min(len(items), max(DEMO, variant.trees)))]
     chosen = chosen[: variant.trees]
-    model.set_statistics(torch.cat([item["hidden"] for item in chosen]))
+    model.set_statistics(item["hidden"] for item in chosen)
     set_values(model, chosen)
     if variant.sums and len(chosen) != DEMO:  # else they have that of all the demo's
         add_baseline(chosen, [], embedding, torch.device("cpu"))

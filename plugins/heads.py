@@ -11,7 +11,7 @@ A decoding step costs no pass of a network, and nothing is kept between steps. `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,19 @@ class MAVISValueHeads(PreTrainedModel):
         return self.read_values(hidden)[:, None] + advantages
 
     @torch.no_grad()
-    def set_statistics(self, hidden: torch.Tensor) -> None:
-        """Standardises by the mean and standard deviation of `hidden` `[n, hidden_size]`."""
-        std, mean = torch.std_mean(hidden.float(), dim=0)
-        self.hidden_mean.copy_(mean)
-        self.hidden_std.copy_(std.clamp(min=MIN_STD))
+    def set_statistics(self, hidden: Iterable[torch.Tensor]) -> None:
+        """Standardises by the mean and standard deviation of hidden states, `[n, hidden_size]` each
+        part, of which one at a time is held."""
+        count, shift = 0, torch.empty(0)
+        total = squares = torch.zeros(1, dtype=torch.float64)
+        for part in hidden:
+            shift = shift if count else part[0].double()  # a sum of squares would cancel
+            moved = part.double() - shift
+            count, total = count + len(part), total + moved.sum(0)
+            squares = squares + moved.square().sum(0)
+        variance = (squares / count - (total / count).square()).clamp(min=0)
+        self.hidden_mean.copy_(shift + total / count)
+        self.hidden_std.copy_(variance.sqrt().clamp(min=MIN_STD))
 
     @torch.no_grad()
     def write_table(self, embedding: torch.Tensor) -> None:

@@ -107,7 +107,7 @@ def make_heads(folder: Path, base: Path, objectives: list[str], seed: int = 6, *
     for parameter in heads.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.15)
-    heads.set_statistics(torch.randn(100, 64) * torch.linspace(0.5, 3, 64) + 1)
+    heads.set_statistics([torch.randn(100, 64) * torch.linspace(0.5, 3, 64) + 1])
     heads.write_table(model.get_input_embeddings().weight)
     heads.save_pretrained(folder)
     return folder

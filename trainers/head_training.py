@@ -442,7 +442,7 @@ class HeadTraining(TrainerCallback):
             self._dataset(part) for part in (items, self.held_out)
         )
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.set_statistics(torch.cat([item["hidden"] for item in items]))
+        model.set_statistics(item["hidden"] for item in items)
         set_values(model, items)
         add_baseline(items, self.held_out, self.embedding, model.value.weight.device)
         add_excess(items, trainer.args.gae_lambda)

@@ -78,7 +78,8 @@ def test_statistics_standardise_the_features(heads):
     model = MAVISValueModel.load(str(heads))
     hidden = torch.randn(500, 64) * torch.linspace(0.1, 5, 64) + torch.linspace(-3, 3, 64)
     hidden[:, 3] = 1.0  # one that never changes
-    model.set_statistics(hidden)
+    model.set_statistics(hidden.split(70))
+    torch.testing.assert_close(model.hidden_mean, hidden.mean(0), rtol=1e-4, atol=1e-4)
     std, mean = torch.std_mean(model.standardize(hidden), dim=0)
     assert mean.abs().max() < 1e-4 and (std[3], len(std)) == (0, 64)
     torch.testing.assert_close(std[4:], torch.ones(60), rtol=1e-3, atol=1e-3)
