@@ -207,6 +207,11 @@ def request_params(
     try:
         if "weights" in given:
             given["weights"] = _in_order(given["weights"], objectives)
+        elif not any(defaults.weights) and given.get("beta") != 0:
+            raise ValueError(
+                f"{next(iter(given))} alone guides nothing: this server has no default weights; "
+                f"send {PREFIX}weights, of the objectives {list(objectives)}"
+            )
         return replace(defaults, **given)
     except ValueError as error:  # its message begins with the field's name
         raise ValueError(f"{PREFIX}{error}") from None

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -64,7 +65,7 @@ def start(model: Path, config: dict, log: Path) -> tuple[subprocess.Popen, int]:
         "--max-model-len", "256", "--max-num-seqs", "8",
         "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "mavis"}
     with log.open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env), port
 
@@ -96,6 +97,33 @@ def ask(client, weights: str | None = None, **options):
     return client.chat.completions.create(
         model="smollm2", messages=MESSAGES, extra_body=body, **options
     )
+
+
+def test_a_request_that_tries_to_be_guided_and_is_not_is_refused(client):
+    """What a new user sends, each of which vLLM itself answers with unguided text."""
+    weights = {"mavis_weights": "calm=1"}
+    for extra_body in (
+        weights,
+        {"extra_body": {"vllm_xargs": weights}},
+        {"extra_args": weights},
+        {"vllm_xargs": {"weights": "calm=1"}},
+        {"vllm_xargs": {"mavis_beta": 2}},
+    ):
+        with pytest.raises(openai.BadRequestError, match="mavis_weights"):
+            ask(client, extra_body=extra_body)
+
+
+def test_a_server_says_what_it_guides_by(client, quality):
+    found = httpx.get(f"{client.base_url}mavis/objectives").json()
+    assert [each["name"] for each in found["objectives"]] == ["calm", "bold"]
+    assert found["objectives"][0]["value_model"] == str(quality)
+    assert found["defaults"] == {"weights": {}, "beta": BETA, "top_k": TOP_K}
+    body = {"model": "smollm2", "messages": MESSAGES, "max_tokens": 2}
+    url = f"{client.base_url}chat/completions"
+    guided = httpx.post(url, json={**body, "vllm_xargs": {"mavis_weights": "bold=2"}}, timeout=None)
+    told = json.loads(guided.headers["x-mavis"])
+    assert told == {"weights": {"bold": 2.0}, "beta": BETA, "top_k": TOP_K}
+    assert "x-mavis" not in httpx.post(url, json=body, timeout=None).headers
 
 
 def test_greedy_answers_equal_the_plain_computation(client, smollm2, quality):

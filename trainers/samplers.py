@@ -260,8 +260,8 @@ class ServerSampler:
     Args:
         model (`str`):
             Id or path of the base model that the servers should serve.
-        base_urls (`list[str]`):
-            URLs of the servers, for example `["http://localhost:8000"]`.
+        base_urls (`str` or `list[str]`):
+            URLs of the servers, for example `"http://localhost:8000"`.
         config (`TreeConfig`):
             Temperature and top-k.
         eos_token_ids (`set[int]`):
@@ -278,7 +278,7 @@ class ServerSampler:
     def __init__(
         self,
         model: str,
-        base_urls: Sequence[str],
+        base_urls: str | Sequence[str],
         config: TreeConfig,
         eos_token_ids: set[int],
         reference: tuple[list[int], list[float]] | None = None,
@@ -294,7 +294,7 @@ class ServerSampler:
         self.base_model = model
         self.servers: dict[str, str] = {}  # the name that each calls the model by
         failures: dict[str, Exception] = {}
-        for given in base_urls:
+        for given in [base_urls] if isinstance(base_urls, str) else base_urls:
             url = f"{given.rstrip('/').removesuffix('/v1')}/v1"
             try:
                 self.servers[url] = self._served(url, reference)
