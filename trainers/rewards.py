@@ -250,6 +250,8 @@ def reward_statistics(
     different children of the root are independent, so that half their mean squared difference is an
     unbiased estimate of the variance, however few they are and whatever the others share.
 
+    Responses without a reward are left out, and so are prompts of which no response has one.
+
     Args:
         trees (`list[Tree]`):
             Rollouts with rewards. Every prompt counts the same.
@@ -260,32 +262,48 @@ def reward_statistics(
         `tuple[np.ndarray, np.ndarray]`: Mean and standard deviation, `[n_objectives]` each. Where
         the reward does not differ within prompts, or no tree has two children of its root, the
         deviation of all responses stands in, 1 if that is none, with a warning.
+
+    Raises:
+        ValueError: An objective has no reward of any response.
     """
-    means, squares, within = [], [], []  # of each tree, [n_objectives]
-    for tree in trees:
-        leaves, shares = tree.leaves(), tree.shares()
-        reward = np.stack([tree.rewards[name][leaves] for name in objectives], axis=-1)
-        share = shares[leaves][:, None]
-        means.append((share * reward).sum(0))
-        squares.append((share * reward**2).sum(0))
-        child = np.array([tree.path(leaf)[0] for leaf in leaves])  # of the root
-        groups = [child == c for c in np.unique(child)]
-        if len(groups) > 1:
-            parts = [(share[g] / share[g].sum(), reward[g]) for g in groups]
-            m = np.stack([(w * r).sum(0) for w, r in parts])
-            q = np.stack([(w * r**2).sum(0) for w, r in parts])
-            pairs = len(m) * (len(m) - 1)
-            within.append(q.mean(0) - (m.sum(0) ** 2 - (m**2).sum(0)) / pairs)
-    mean = np.mean(means, axis=0)
-    total = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 0.0))
-    std = np.sqrt(np.maximum(np.mean(within, axis=0), 0.0)) if within else np.zeros(len(mean))
+    # Of each tree, [n_objectives]; NaN where it says nothing of an objective
+    means, squares, within = np.full((3, len(trees), len(objectives)), np.nan)
+    for row, tree in enumerate(trees):
+        leaves, shares = np.array(tree.leaves()), tree.shares()
+        children = np.array([tree.path(leaf)[0] for leaf in leaves])  # of the root
+        for column, name in enumerate(objectives):
+            # A sample of weight 0 is no response of plain sampling.
+            known = ~np.isnan(tree.rewards[name][leaves]) & (shares[leaves] > 0)
+            if not known.any():
+                continue
+            reward, share = tree.rewards[name][leaves][known], shares[leaves][known]
+            child = children[known]
+            means[row, column] = np.average(reward, weights=share)
+            squares[row, column] = np.average(reward**2, weights=share)
+            groups = [child == c for c in np.unique(child)]
+            if len(groups) > 1:
+                m = np.array([np.average(reward[g], weights=share[g]) for g in groups])
+                q = np.array([np.average(reward[g] ** 2, weights=share[g]) for g in groups])
+                pairs = len(m) * (len(m) - 1)
+                within[row, column] = q.mean() - (m.sum() ** 2 - (m**2).sum()) / pairs
+    for name, column in zip(objectives, means.T):
+        if np.isnan(column).all():
+            raise ValueError(
+                f"reward function {name!r} returned None for every response: there is nothing to "
+                "learn; return a number wherever it applies, or leave the objective out"
+            )
+    mean = np.nanmean(means, axis=0)
+    total = np.sqrt(np.maximum(np.nanmean(squares, axis=0) - mean**2, 0.0))
+    measured = ~np.isnan(within).all(axis=0)
+    std = np.sqrt(np.maximum(np.nansum(within, axis=0), 0.0))
+    std /= np.sqrt(np.maximum((~np.isnan(within)).sum(axis=0), 1))
     least = 1e-6 * np.maximum(1.0, np.abs(mean))
     for i, name in enumerate(objectives):
         if std[i] > least[i]:
             continue
         if total[i] <= least[i]:
             message = f"returned {mean[i]:.6g} for every response: a constant reward cannot guide"
-        elif within:
+        elif measured[i]:
             message = (
                 "does not differ between the responses to one prompt: it cannot guide. Its values "
                 f"are in standard deviations of all responses, {total[i]:.6g}"

@@ -107,7 +107,8 @@ class Tree:
         nodes (`list[Node]`):
             The root first.
         rewards (`dict[str, np.ndarray]`):
-            Reward of every objective, `[n_nodes]` float64 each, NaN at nodes that are not leaves.
+            Reward of every objective, `[n_nodes]` float64 each, NaN at nodes that are not leaves,
+            and at leaves that it does not apply to.
     """
 
     prompt_index: int
@@ -145,17 +146,40 @@ class Tree:
             shares[i] = shares[node.parent] * node.weight / total[node.parent]
         return shares
 
+    def known(self, name: str) -> np.ndarray:
+        """Share of the responses below every node that have a reward, `[n_nodes]`."""
+        total = self.total_weights()
+        known = np.zeros(len(self.nodes))
+        for i in range(len(self.nodes) - 1, 0, -1):
+            node = self.nodes[i]
+            if node.leaf:
+                known[i] = not np.isnan(self.rewards[name][i])
+            else:
+                known[i] /= total[i]
+            known[node.parent] += node.weight * known[i]
+        known[0] /= total[0]
+        return known
+
     def values(self, name: str, kl_penalty: float = 0.0) -> np.ndarray:
         """
         Value of every node at its last token, `[n_nodes]`: a leaf's reward, else the weighted mean
         over the children of their values less `kl_penalty` times the KL of their steps.
+
+        Responses without a reward are left out: a child counts by its weight times the share of
+        them that have one below it. NaN where none has.
         """
-        total = self.total_weights()
+        known = self.known(name)
+        total = self.total_weights() * known
         values = np.where([node.leaf for node in self.nodes], self.rewards[name], 0.0)
         for i in range(len(self.nodes) - 1, 0, -1):
             node = self.nodes[i]
-            value = values[i] - kl_penalty * sum(node.kls)
-            values[node.parent] += value * node.weight / total[node.parent]
+            if known[i] == 0:
+                values[i] = np.nan
+            elif node.weight:
+                value = values[i] - kl_penalty * sum(node.kls)
+                values[node.parent] += value * (node.weight * known[i]) / total[node.parent]
+        if known[0] == 0:
+            values[0] = np.nan
         return values
 
     def kl(self) -> float:

@@ -185,6 +185,33 @@ def test_deviation_is_that_within_prompts_without_bias():
         assert std == pytest.approx(np.sqrt(2), rel=0.03)
 
 
+def test_responses_without_a_reward_are_left_out_of_mean_and_deviation():
+    rng = np.random.default_rng(0)
+    trees, expected = [], []
+    for i in range(6000):
+        full = sampled_tree(rng, 10.0 * rng.normal())
+        reward = full.rewards["kind"]
+        if i % 3 == 0:
+            reward[:] = np.nan  # of a prompt that it does not apply to
+        elif i % 3 == 1:
+            reward[rng.choice(full.leaves(), 2, replace=False)] = np.nan
+        pieces = [reward[leaves][~np.isnan(reward[leaves])] for leaves in ([2, 3], [5, 6], [8, 9])]
+        if known := np.concatenate(pieces).tolist():
+            expected.append(np.mean(known))
+        full.rewards["other"] = np.nan_to_num(reward)
+        trees.append(full)
+    mean, std = reward_statistics(trees, ["kind"])
+    assert mean == pytest.approx(np.mean(expected))
+    assert std == pytest.approx(np.sqrt(2), rel=0.03)
+    both = np.stack(reward_statistics(trees, ["other", "kind"]))
+    assert both[:, 1] == pytest.approx([*mean, *std]), "each objective by itself"
+
+
+def test_reward_that_applies_to_no_response_is_refused():
+    with pytest.raises(ValueError, match="'kind' returned None for every response"):
+        reward_statistics([tree([np.nan] * 3)], ["kind"])
+
+
 @pytest.fixture
 def messages():
     found = []

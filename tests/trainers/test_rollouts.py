@@ -120,6 +120,41 @@ def test_node_values_are_those_of_brute_force(guided, kl_penalty):
         assert values[0] == pytest.approx(sum(shares[i] * tree.rewards["sum"][i] for i in leaves))
 
 
+def walks(tree, node, kl_penalty):
+    """Probability, return and leaf of every way down from a node."""
+    if tree.nodes[node].leaf:
+        return [(1.0, 0.0, node)]
+    below = [i for i, child in enumerate(tree.nodes) if child.parent == node]
+    total = sum(tree.nodes[i].weight for i in below)
+    return [
+        (probability * tree.nodes[i].weight / total, paid - kl_penalty * sum(tree.nodes[i].kls), j)
+        for i in below
+        for probability, paid, j in walks(tree, i, kl_penalty)
+    ]
+
+
+@pytest.mark.parametrize("kl_penalty", [0.0, 0.5])
+def test_values_are_means_over_the_responses_that_have_a_reward(kl_penalty):
+    rng = np.random.default_rng(0)
+    unknown = 0
+    for tree in grow(TreeConfig(max_completion_length=16, layers=3), end=0.15, guided=True):
+        add_rewards(tree)
+        masked = tree.rewards["sum"]
+        masked[rng.random(len(masked)) < rng.choice([0.2, 0.8, 1.0])] = np.nan
+        values, known = tree.values("sum", kl_penalty), tree.known("sum")
+        for i in range(len(tree.nodes)):
+            ways = [w for w in walks(tree, i, kl_penalty) if w[0] and not np.isnan(masked[w[2]])]
+            mass = sum(p for p, _, _ in ways)
+            assert known[i] == pytest.approx(mass)
+            if ways:
+                expected = sum(p * (masked[leaf] + paid) for p, paid, leaf in ways) / mass
+                assert values[i] == pytest.approx(expected)
+            else:
+                unknown += 1
+                assert np.isnan(values[i])
+    assert unknown > 100
+
+
 def test_root_value_is_unbiased_though_early_ends_are_split():
     """The mean length of a response that ends with probability p at each of at most n tokens."""
     p, n = 0.2, 8
