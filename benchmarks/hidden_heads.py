@@ -213,7 +213,7 @@ def measure_at_some_prefixes(
                 values[rows[part]] = output.logits[0, at[part]][:, order]
                 advantages[rows[part]] = output.candidate_logits[0][..., order]
         rows = collate_rows([item])
-        rows["reach"] = rows["reach"] * used[rows["previous"]]
+        rows["reach"] = rows["reach"] * used[rows["previous"]][:, None]
         found[0].append(efficiency_sums(rows, values, advantages).numpy())
         values, advantages = read_heads(other[0], rows, other[1])
         found[1].append(efficiency_sums(rows, values, advantages.mean(0)).numpy())

@@ -15,6 +15,7 @@ the same `C` in expectation, and a better one with less noise.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,7 @@ def fit_values(
 
     The strength of the penalty is the best by cross-validation. (The one that explains most of the
     variance within a prompt is ten times as large, and heads learnt from it gain a tenth less.)
+    Objectives of other responses, since some have no reward, are regressions of their own.
 
     Args:
         items (`list[dict[str, Any]]`):
@@ -128,10 +130,32 @@ def fit_values(
         after its rows by a regression that has not seen it, `[n, n_objectives]` float32: those of
         one that has would flatter what is learnt from the same rollouts.
     """
+    count = items[0]["labels"].shape[1]
+    # Objectives whose rows have the same weights are solved together.
+    alike: dict[bytes, list[int]] = {}
+    for i in range(count):
+        digest = hashlib.sha256()
+        for item in items:
+            digest.update(np.ascontiguousarray(item["reach"][:, i]).tobytes())
+        alike.setdefault(digest.digest(), []).append(i)
+    if len(alike) == 1:
+        return _fit_alike(items, features, list(range(count)))
+    parts = [_fit_alike(items, features, columns) for columns in alike.values()]
+    order = np.argsort(np.concatenate(list(alike.values())))
+    values = [torch.cat(of_item, dim=1)[:, order] for of_item in zip(*(v for _, v in parts))]
+    return torch.cat([weights for weights, _ in parts], dim=1)[:, order], values
+
+
+def _fit_alike(
+    items: Sequence[dict[str, Any]],
+    features: Callable[[Mapping[str, Any]], torch.Tensor],
+    columns: list[int],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """[`fit_values`] of objectives that are known of the same responses."""
     folds = min(FOLDS, len(items))
-    labels = [torch.as_tensor(item["labels"]) for item in items]
-    reach = [torch.as_tensor(item["reach"])[:, None] for item in items]
-    count = labels[0].shape[1]
+    labels = [torch.as_tensor(item["labels"])[:, columns].nan_to_num() for item in items]
+    reach = [torch.as_tensor(item["reach"])[:, columns[:1]] for item in items]
+    count = len(columns)
     first = with_bias(features(items[0]))
     device, width = first.device, first.shape[1]
     grams = torch.zeros(folds, width, width, dtype=torch.float64, device=device)
@@ -149,6 +173,8 @@ def fit_values(
         g, m = gram.clone(), moment
         if left_out is not None:
             g, m = g - grams[left_out], m - moments[left_out]
+            if g[-1, -1] < 1e-6 * gram[-1, -1]:  # no other fold knows anything
+                return torch.zeros_like(m, dtype=torch.float32)
         g.diagonal().add_(strength * ridge)
         return torch.cholesky_solve(m, torch.linalg.cholesky(g)).float()
 
@@ -191,9 +217,11 @@ def lambda_returns(
     order = depths.argsort(descending=True)
     for rows in order.split(depths.bincount().flip(0).tolist()):
         mixed = (1 - gae_lambda) * values[rows] + gae_lambda * ahead[rows]
-        returns[rows] = torch.where(batch["ends"][rows, None], labels[rows], mixed)
+        known = ~labels[rows].isnan() & ~batch["ends"][rows, None]
+        returns[rows] = torch.where(known, mixed, labels[rows])
         below = rows[depths[rows] > 0]
-        shared = batch["shares"][below, None] * returns[below]
+        shares = batch["shares"][below]
+        shared = torch.where(shares > 0, shares * returns[below], 0.0)  # what is unknown is NaN
         ahead.index_add_(0, batch["previous"][below], shared)
     return returns
 
@@ -276,7 +304,8 @@ def head_loss(
         of_token, variances, sampled = centred_advantages(batch, member, temperature)
         # What is not known is left out before it is multiplied: its gradient would be NaN.
         known = sampled[:, None] & ~batch["excess"].isnan()
-        loss = loss + (variances - 2 * of_token * batch["excess"].nan_to_num())[known].mean()
+        errors = (variances - 2 * of_token * batch["excess"].nan_to_num())[known]
+        loss = loss + errors.sum() / known.sum().clamp(min=1)
     return loss
 
 
@@ -306,8 +335,9 @@ def efficiency_sums(
     """
     labels, trees = batch["labels"].double(), batch["trees"]
     of_token, variances, sampled = centred_advantages(batch, advantages, temperature)
-    used = sampled[:, None] * batch["reach"][:, None].double()
+    used = sampled[:, None] * batch["reach"].double()
     excess = labels - batch["baseline"][batch["previous"]].double()
+    labels, excess = (torch.where(used > 0, x, 0.0) for x in (labels, excess))
     columns = torch.stack([used * of_token * excess, used * variances], 1)
     count = int(trees.max()) + 1
 
@@ -321,7 +351,8 @@ def efficiency_sums(
         weighted = used * x
         mean = summed(weighted) / summed(used).clamp(min=1e-9)
         spread.append(summed(used * (x - mean[trees]).square()))
-    return torch.cat([summed(columns), torch.stack(spread, 1)], 1)
+    sums = torch.cat([summed(columns), torch.stack(spread, 1)], 1)
+    return sums.masked_fill(summed(batch["reach"])[:, None] == 0, torch.nan)
 
 
 def efficiency(sums: np.ndarray) -> list[dict[str, dict[str, float]]]:
@@ -392,9 +423,15 @@ class HeadMetrics:
 
     def measures(self) -> dict[str, dict[str, dict[str, float]]]:
         """By objective, of what all processes have added; see [`efficiency`]."""
-        parts = gather_object(self.sums or [])
+        sums = np.concatenate(gather_object(self.sums or []))
         self.sums = None
-        return dict(zip(self.objectives, efficiency(np.concatenate(parts))))
+        for name, known in zip(self.objectives, ~np.isnan(sums[:, 0]).all(0)):
+            if not known:
+                raise ValueError(
+                    f"no held-out prompt has a reward of {name!r}, on which its heads are chosen "
+                    "and scaled: give an `eval_dataset` with prompts that it applies to"
+                )
+        return dict(zip(self.objectives, efficiency(sums)))
 
     def compute(self, accelerator: Any) -> dict[str, float]:
         """Metrics of all that was added by all processes since the last call."""
@@ -475,7 +512,8 @@ class HeadTraining(TrainerCallback):
                 item["log_probs"] = (item["log_probs"] + scores.cpu()).log_softmax(-1)
             # Alike but for the labels: what is not known of them has no baseline.
             learnt, kept = (
-                [{**x, "labels": x["labels"][:, [i]]} for x in part] for part in (items, held_out)
+                [{**x, **{name: x[name][:, [i]] for name in ("labels", "reach")}} for x in part]
+                for part in (items, held_out)
             )
             add_baseline(learnt, kept, self.embedding, device)
             for item, of_own in zip((*items, *held_out), (*learnt, *kept)):

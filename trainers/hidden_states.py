@@ -38,7 +38,7 @@ def row_starts(tree: Tree) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def tree_rows(tree: Tree, values: np.ndarray) -> dict[str, np.ndarray]:
+def tree_rows(tree: Tree, values: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:
     """
     The tokens of a tree as rows: the prompt's last token, then every node's.
 
@@ -47,6 +47,8 @@ def tree_rows(tree: Tree, values: np.ndarray) -> dict[str, np.ndarray]:
             Responses to one prompt.
         values (`np.ndarray`):
             Standardised value of every node, `[n_nodes, n_objectives]`.
+        known (`np.ndarray`):
+            Share of the responses below every node that have a reward, `[n_nodes, n_objectives]`.
 
     Returns:
         `dict[str, np.ndarray]`: of every row
@@ -54,33 +56,34 @@ def tree_rows(tree: Tree, values: np.ndarray) -> dict[str, np.ndarray]:
         - `tokens`, `previous` (row of the token before it on its branch; its own for row 0),
           `depths` (tokens since the prompt): `[n]` int64
         - `shares` (weight of its return in that of the row before it) and `reach` (probability that
-          a response passes it): `[n]` float32
+          a response passes it and has a reward): `[n, n_objectives]` float32
         - `ends` (whether it finishes a response): `[n]` bool
         - `labels` (mean return of the responses that pass it): `[n, n_objectives]` float32, NaN of
           objectives that are not known
     """
     starts = row_starts(tree)
     total, shares_of_nodes = tree.total_weights(), tree.shares()
-    n = int(starts[-1])
+    n, count = int(starts[-1]), values.shape[1]
     rows: dict[str, np.ndarray] = {
         "tokens": np.empty(n, dtype=np.int64),
         "previous": np.arange(-1, n - 1),
         "depths": np.zeros(n, dtype=np.int64),
-        "shares": np.ones(n, dtype=np.float32),
-        "reach": np.ones(n, dtype=np.float32),
+        "shares": np.ones((n, count), dtype=np.float32),
+        "reach": np.empty((n, count), dtype=np.float32),
         "ends": np.zeros(n, dtype=bool),
-        "labels": np.empty((n, values.shape[1]), dtype=np.float32),
+        "labels": np.empty((n, count), dtype=np.float32),
     }
     rows["tokens"][0], rows["previous"][0] = tree.nodes[0].tokens[-1], 0
-    rows["labels"][0] = values[0]
+    rows["labels"][0], rows["reach"][0] = values[0], known[0]
     for i, node in enumerate(tree.nodes[1:], start=1):
         first, end = starts[i], starts[i + 1]
         own, parent = slice(first, end), node.parent
         rows["tokens"][own] = node.tokens
         before = rows["previous"][first] = starts[parent + 1] - 1
         rows["depths"][own] = rows["depths"][before] + np.arange(1, end - first + 1)
-        rows["shares"][first] = node.weight / total[parent]
-        rows["reach"][own] = shares_of_nodes[i]
+        of_parent = np.where(known[parent] > 0, known[parent], 1)
+        rows["shares"][first] = node.weight / total[parent] * (known[i] / of_parent)
+        rows["reach"][own] = shares_of_nodes[i] * known[i]
         rows["ends"][end - 1] = node.leaf
         rows["labels"][own] = values[i]
     return rows
@@ -321,13 +324,16 @@ class HeadDataset(Dataset):
                 for tree in read_trees(path)[0]:
                     # A policy's trees have the reward of its own objective alone.
                     values = np.full((len(tree.nodes), len(objectives)), np.nan)
+                    known = np.zeros(values.shape)
                     for i, name in enumerate(objectives):
                         if name in tree.rewards:
                             values[:, i] = tree.values(name, kl_penalty * std[i])
-                    rows = tree_rows(tree, (values - mean) / std)
+                            known[:, i] = tree.known(name)
+                    rows = tree_rows(tree, (values - mean) / std, known)
                     stop = start + len(rows["tokens"])
                     part = {name: tensor[start:stop] for name, tensor in stored.items()}
-                    self.items.append({**rows, **part, "tree": tree.prompt_index})
+                    if known.any():
+                        self.items.append({**rows, **part, "tree": tree.prompt_index})
                     start = stop
 
     def __len__(self) -> int:

@@ -41,7 +41,8 @@ class PolicyHistory:
     Measures of the policies of all iterations, the base model's first.
 
     Every second prompt is held back to choose the best iteration on; the measures are those on the
-    others. A single prompt serves both.
+    others. A single prompt serves both. Prompts without a reward of an objective are left out of
+    its measures.
 
     Args:
         beta (`float`):
@@ -88,10 +89,14 @@ class PolicyHistory:
             measured = {"reward": reward, "kl": kl, "objective": regularised[name]}
             if self._objectives:
                 measured["improvement"] = regularised[name] - self._objectives[-1][name]
-            policy[name] = {k: interval(x[reported][draws].mean(1)) for k, x in measured.items()}
+            policy[name] = {
+                k: interval(np.nanmean(x[reported][draws], 1)) for k, x in measured.items()
+            }
         self.policies.append(policy)
         self._objectives.append(regularised)
-        self._choices.append(float(np.mean([x[held_back].mean() for x in regularised.values()])))
+        self._choices.append(
+            float(np.mean([np.nanmean(x[held_back]) for x in regularised.values()]))
+        )
 
     def best(self) -> int:
         """The iteration whose policies have the highest mean objective on prompts held back."""

@@ -137,9 +137,11 @@ class MAVISTrainer(Trainer):
             Configuration for this trainer. If `None`, a default configuration is used.
         reward_funcs (`dict[str, Callable | str | PreTrainedModel]`, or a `list` of these, or one):
             A reward function for each objective: a callable, plain or `async`, with the signature
-            of GRPO's, `f(prompts, completions, completion_ids, **columns) -> list[float]`, or the
-            id of a sequence classification model. Without names, as in TRL, an objective is named
-            by its function's `__name__`, or by the last part of its model's id.
+            of GRPO's, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`,
+            or the id of a sequence classification model. `None` is "not applicable": the response
+            is left out of this objective's statistics, values, losses and measures. Without names,
+            as in TRL, an objective is named by its function's `__name__`, or by the last part of
+            its model's id.
         train_dataset ([`~datasets.Dataset`]):
             Dataset of prompts, with a column `"prompt"` of strings (standard) or lists of messages
             (conversational). Other columns are passed to the reward functions.
@@ -954,7 +956,8 @@ class MAVISTrainer(Trainer):
         )
         values, labels = outputs.logits, inputs["labels"]
         known = ~labels.isnan()
-        loss = (values[known] - labels[known]).square().mean()
+        # 0 where a batch knows nothing
+        loss = (values[known] - labels[known]).square().sum() / known.sum().clamp(min=1)
         # Siblings at their first and at their last tokens
         first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
         tokens = inputs["input_ids"].flatten()

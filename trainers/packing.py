@@ -190,6 +190,8 @@ class TreeDataset(Dataset):
             for i, name in enumerate(objectives):
                 if name in tree.rewards:
                     values[:, i] = tree.values(name, kl_penalty * std[i])
+            if np.isnan(values).all():  # no reward of any objective
+                continue
             kept = keep_leaves(tree, leaf_fraction, seed)
             packed = pack_tree(tree, (values - mean) / std, max_length, kept, kl_penalty)
             self.sequences += [{**sequence, "tree": tree.prompt_index} for sequence in packed]

@@ -455,7 +455,14 @@ def _score(
     if not isinstance(prompts[0], str):
         texts = [[{"role": "assistant", "content": text}] for text in texts]
     ids = [response.token_ids for response in responses]
-    return compute_rewards(name, function, prompts, texts, ids, {})
+    rewards = compute_rewards(name, function, prompts, texts, ids, {})
+    for prompt, reward in zip(prompts, rewards):
+        if reward != reward:
+            raise ValueError(
+                f"reward function {name!r} returned None for the prompt {prompt!r}: points are "
+                "compared on the same prompts, leave those out that it does not apply to"
+            )
+    return rewards
 
 
 def evaluate(

@@ -186,7 +186,8 @@ def compute_rewards(
             Other columns of the dataset.
 
     Returns:
-        `list[float]`: A finite reward per completion.
+        `list[float]`: A finite reward per completion, NaN where the function returned `None`, which
+        is "not applicable" in TRL.
     """
 
     def call(rows: Sequence[int]) -> Any:
@@ -226,6 +227,9 @@ def compute_rewards(
             f"of them of the prompt {prompts[0]!r}; it must return a float per completion"
         )
     for i, reward in enumerate(rewards):
+        if reward is None:
+            rewards[i] = math.nan
+            continue
         try:
             rewards[i] = float(reward)
         except (TypeError, ValueError):
@@ -233,7 +237,8 @@ def compute_rewards(
         if not math.isfinite(rewards[i]):
             raise ValueError(
                 f"reward function {name!r} returned {reward!r} for the prompt {prompts[i]!r} and "
-                f"the completion {completions[i]!r}; it must return finite numbers"
+                f"the completion {completions[i]!r}; it must return finite numbers, or None "
+                "where it does not apply"
             )
     return rewards
 

@@ -65,4 +65,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "trimtab"  # as a value model's provenance names it
     sys.exit(main())

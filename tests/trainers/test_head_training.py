@@ -41,7 +41,7 @@ from trimtab.trainers.hidden_states import (
     row_starts,
     tree_rows,
 )
-from trimtab.trainers.rollouts import TreeConfig, read_rollouts
+from trimtab.trainers.rollouts import Tree, TreeConfig, read_rollouts
 
 from .conftest import END, make_model
 from .test_mavis_trainer import prompts, text_of, trainer
@@ -49,7 +49,15 @@ from .test_rollouts import add_rewards, grow
 
 
 def rows_of(tree):
-    return tree_rows(tree, np.stack([tree.values("sum"), -2 * tree.values("sum")], axis=-1))
+    values, known = tree.values("sum"), tree.known("sum")
+    return tree_rows(tree, np.stack([values, -2 * values], -1), np.stack([known, known], -1))
+
+
+def masked(tree, rng):
+    """The tree without some of its rewards."""
+    rewards = tree.rewards["sum"].copy()
+    rewards[rng.random(len(rewards)) < rng.choice([0.3, 0.7])] = np.nan
+    return Tree(tree.prompt_index, tree.nodes, {"sum": rewards})
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +76,11 @@ def test_rows_follow_the_branches_of_the_tree(trees):
             assert rows["ends"][row] and rows["depths"][row] == len(tree.response(leaf))
             while row:
                 tokens.append(rows["tokens"][row])
-                reach *= rows["shares"][row]
+                reach *= rows["shares"][row, 0]
                 assert rows["depths"][row] == rows["depths"][rows["previous"][row]] + 1
                 row = rows["previous"][row]
             assert tokens[::-1] == tree.response(leaf)
-            assert reach == pytest.approx(rows["reach"][starts[leaf]])
+            assert reach == pytest.approx(rows["reach"][starts[leaf], 0])
         assert rows["tokens"][0] == tree.nodes[0].tokens[-1]
 
 
@@ -99,6 +107,63 @@ def test_returns_lie_between_the_finished_responses_and_the_next_values(trees):
         torch.testing.assert_close(half[row], naive(row), rtol=1e-4, atol=1e-4)
 
 
+def test_returns_are_means_over_the_responses_that_have_a_reward(trees):
+    rng = np.random.default_rng(0)
+    some = [masked(tree, rng) for tree in trees]
+    batch = collate_rows([rows_of(tree) for tree in some])
+    values = torch.randn(len(batch["tokens"]), 2)
+    whole = lambda_returns(batch, values, 1.0)
+    assert batch["labels"].isnan().any()
+    torch.testing.assert_close(whole, batch["labels"], rtol=1e-4, atol=1e-4, equal_nan=True)
+    half = lambda_returns(batch, values, 0.5)
+    assert half.isnan().equal(batch["labels"].isnan())
+    # A response's reward counts by its share of those that have one.
+    for tree in some:
+        leaves = [i for i in tree.leaves() if not np.isnan(tree.rewards["sum"][i])]
+        if not tree.shares()[leaves].any():
+            continue
+        expected = np.average(tree.rewards["sum"][leaves], weights=tree.shares()[leaves])
+        rows = rows_of(tree)
+        assert rows["labels"][0, 0] == pytest.approx(expected)
+        assert rows["reach"][0, 0] == pytest.approx(tree.shares()[leaves].sum())
+        ends = rows["ends"] & ~np.isnan(rows["labels"][:, 0])
+        assert rows["reach"][ends, 0].sum() == pytest.approx(rows["reach"][0, 0])
+
+
+def test_an_unknown_reward_leaves_the_regression_and_the_measures_alone(trees):
+    """Unknown responses of one objective: as if their rows were not there; the other's are."""
+    rng = np.random.default_rng(0)
+    items = random_items(trees)
+    part = random_items([masked(tree, rng) for tree in trees])
+    both = [
+        {**item, **{k: np.stack([p[k][:, 0], item[k][:, 1]], -1) for k in ("labels", "reach")}}
+        for item, p in zip(items, part)
+    ]
+    rows = [{k: x[k][x["reach"][:, 0] > 0] for k in ("hidden", "labels", "reach")} for x in part]
+    features = lambda item: item["hidden"]  # noqa: E731
+    weights, values = fit_values(both, features)
+    alone, _ = fit_values(rows, features)
+    torch.testing.assert_close(weights[:, 0], alone[:, 0], rtol=1e-4, atol=1e-4)
+    full, of_full = fit_values(items, features)
+    torch.testing.assert_close(weights[:, 1], full[:, 1])
+    torch.testing.assert_close(values[2][:, 1], of_full[2][:, 1])
+
+    both[0]["labels"][:, 0], both[0]["reach"][:, 0] = np.nan, 0  # nothing of this prompt
+    for of_kind in (items, both):
+        for item in of_kind:
+            n = len(item["tokens"])
+            item["baseline"] = np.zeros((n, 2), dtype=np.float32)
+            item["candidates"] = torch.arange(32).expand(n, -1)
+            item["log_probs"] = torch.zeros(n, 32)
+    advantages = torch.randn(sum(len(x["tokens"]) for x in items), 32, 2)
+    known = efficiency_sums(collate_rows(items), advantages[:, 0], advantages)
+    found = efficiency_sums(collate_rows(both), advantages[:, 0], advantages)
+    nothing = [not item["reach"][:, 0].any() for item in both]
+    assert found[:, 0, 0].isnan().tolist() == nothing and 0 < sum(nothing) < 4
+    torch.testing.assert_close(found[..., 1], known[..., 1])
+    assert not np.isnan([x["value"] for x in efficiency(found.numpy())[0].values()]).any()
+
+
 def test_values_are_those_of_regressions_that_have_not_seen_the_tree():
     from sklearn.linear_model import Ridge
 
@@ -112,14 +177,14 @@ def test_values_are_those_of_regressions_that_have_not_seen_the_tree():
             {
                 "hidden": torch.from_numpy(x).float(),
                 "labels": torch.from_numpy(y).float(),
-                "reach": rng.uniform(0.1, 1, 30).astype(np.float32),
+                "reach": rng.uniform(0.1, 1, (30, 1)).repeat(2, 1).astype(np.float32),
             }
         )
     weights, values = fit_values(items, lambda item: item["hidden"])
     np.testing.assert_allclose(weights[:-1, 0], truth[:, 0], atol=0.15)
     others = [item for i, item in enumerate(items) if i % FOLDS != 3]
     x, y, w = (np.concatenate([item[k] for item in others]) for k in ("hidden", "labels", "reach"))
-    total = sum(item["reach"].sum() for item in items)
+    w, total = w[:, 0], sum(item["reach"][:, 0].sum() for item in items)
     close = []
     for strength in STRENGTHS:
         ridge = Ridge(alpha=strength * total).fit(x, y[:, 0], sample_weight=w)
@@ -220,7 +285,7 @@ def test_efficiency_is_the_squared_gain_by_two_nats_of_weak_guidance():
         "previous": torch.zeros(7, dtype=torch.int64),
         "depths": torch.tensor([0] + [1] * 6),
         "trees": torch.zeros(7, dtype=torch.int64),
-        "reach": torch.cat((torch.ones(1), probabilities)),
+        "reach": torch.cat((torch.ones(1), probabilities))[:, None],
         "labels": torch.cat(((probabilities[:, None] * reward).sum(0, keepdim=True), reward)),
         "candidates": torch.arange(6).expand(7, -1),
         "log_probs": log_probs.expand(7, -1),

@@ -628,3 +628,44 @@ def test_what_could_not_be_served_is_refused_before_anything_is_sampled(tmp_path
     with pytest.raises(ValueError, match="a backbone of type 'diffllama' is not supported: after"):
         trainer(base, tmp_path / "out")
     assert not (tmp_path / "out" / "rollouts").exists()
+
+
+@pytest.mark.parametrize("head_type", ["state", "hidden"])
+def test_rewards_that_do_not_apply_are_left_out(base_model, tmp_path, head_type):
+    """`None`, as in TRL: of some prompts, and of some responses to others."""
+
+    def sometimes(prompts, completions, **kwargs):
+        return [
+            None
+            if prompt[0] in "aceg" or len(text_of(c)) % 3 == 0
+            else float(text_of(c).count("g"))
+            for prompt, c in zip(prompts, completions)
+        ]
+
+    def nowhere(prompts, completions, **kwargs):
+        rewards = goodness(prompts=prompts, completions=completions)
+        return [None if prompt[0] == "a" else r for prompt, r in zip(prompts, rewards)]
+
+    made = trainer(
+        base_model,
+        tmp_path,
+        {"sometimes": sometimes, "nowhere": nowhere},
+        prompts(24),
+        eval_dataset=prompts(10, 3),
+        head_type=head_type,
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        top_k=18,
+    )
+    made.train()
+    metrics = made.evaluate()
+    trees = read_rollouts(tmp_path / "rollouts" / "train")
+    known = [tree for tree in trees if not np.isnan(tree.values("sometimes")[0])]
+    assert 0 < len(known) < len(trees) - 3
+    expected = np.mean([tree.values("sometimes")[0] for tree in known])
+    assert made.value_config.reward_mean[0] == pytest.approx(expected)
+    unknown = {i for i in range(24) if made._prompts["train"][i]["prompt"][0] == "a"}
+    sequences = getattr(made.train_dataset, "sequences", None) or made.train_dataset.items
+    assert len(unknown) == 3 and not unknown & {s["tree"] for s in sequences}, "nothing to learn"
+    assert all(torch.isfinite(x).all() for x in made.model.parameters())
+    assert np.isfinite(metrics["eval_explained_variance/sometimes"])

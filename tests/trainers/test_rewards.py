@@ -59,10 +59,14 @@ def test_wrong_count_of_rewards_is_refused(returned):
         compute(lambda **kwargs: returned)
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf"), None, "good"])
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), "good", []])
 def test_reward_that_is_not_finite_is_refused_with_its_prompt(reward):
     with pytest.raises(ValueError, match=r"'kind' returned .*'second'"):
         compute(lambda **kwargs: [0.5, reward])
+
+
+def test_none_is_a_reward_that_does_not_apply():
+    assert np.array_equal(compute(lambda **kwargs: [0.5, None]), [0.5, np.nan], equal_nan=True)
 
 
 @pytest.mark.parametrize(
