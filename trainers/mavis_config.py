@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class MAVISConfig(TrainingArguments):
         generation_batch_size (`int`, *optional*, defaults to `32`):
             Number of responses that transformers continues at once. Only used when `use_vllm` is
             `False`.
+
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to print a sample of responses with their rewards, and what reward functions
+            have logged by `log_extra`, when a dataset's rollouts are collected. Requires `rich`.
 
         > Parameters that control generation acceleration powered by vLLM
 
@@ -334,6 +339,15 @@ class MAVISConfig(TrainingArguments):
         },
     )
 
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to print a sample of responses with their rewards, and what reward "
+            "functions have logged by `log_extra`, when a dataset's rollouts are collected. "
+            "Requires `rich`."
+        },
+    )
+
     # Parameters that control generation acceleration powered by vLLM
     use_vllm: bool = field(
         default=False,
@@ -417,6 +431,8 @@ class MAVISConfig(TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.log_completions and find_spec("rich") is None:
+            raise ValueError("`log_completions` needs rich: pip install rich")
         if self.top_k < 0:
             raise ValueError(f"`top_k` must not be negative, got {self.top_k}")
         if not self.beta > 0:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -60,7 +60,7 @@ from .hidden_states import collate_rows
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
-from .rewards import load_reward_funcs, reward_statistics
+from .rewards import RewardLog, load_reward_funcs, reward_statistics
 from .rollouts import Tree, TreeConfig, collect_rollouts, read_rollouts, switch_policy
 from .run_state import (
     INPUTS,
@@ -85,6 +85,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+COMPLETIONS = 8  # of `log_completions`
 QUARTERS = 4  # of a response, for the metrics by depth
 
 
@@ -138,7 +139,8 @@ class MAVISTrainer(Trainer):
         reward_funcs (`dict[str, Callable | str | PreTrainedModel]`, or a `list` of these, or one):
             A reward function for each objective: a callable, plain or `async`, with the signature
             of GRPO's, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`,
-            or the id of a sequence classification model. `None` is "not applicable": the response
+            or the id of a sequence classification model. It gets `trainer_state`, `log_metric` and
+            `log_extra`, too, if it takes them. `None` is "not applicable": the response
             is left out of this objective's statistics, values, losses and measures. Without names,
             as in TRL, an objective is named by its function's `__name__`, or by the last part of
             its model's id.
@@ -151,6 +153,9 @@ class MAVISTrainer(Trainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The base model's tokenizer. If `None`, it is loaded with
             [`~transformers.AutoTokenizer.from_pretrained`].
+        reward_processing_classes (`list`, or `dict[str, PreTrainedTokenizerBase]`, *optional*):
+            Tokenizers of the reward models, in the order of `reward_funcs` or by objective. If
+            `None`, they are loaded with the models' names.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             List of callbacks to customize the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -185,6 +190,7 @@ class MAVISTrainer(Trainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[
             torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None
@@ -226,7 +232,7 @@ class MAVISTrainer(Trainer):
                 "`model` as the base model's id or path, and leave `train_embeddings` off"
             )
         self.base_model = base_model
-        self.reward_funcs = load_reward_funcs(reward_funcs or {})
+        self.reward_funcs = load_reward_funcs(reward_funcs or {}, reward_processing_classes)
         self.objectives = list(self.reward_funcs)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_model)
@@ -494,6 +500,7 @@ class MAVISTrainer(Trainer):
                 switch_policy(folder / name, identity["value_model"])
             self.accelerator.wait_for_everyone()
             make_sampler = lambda: functools.partial(self._make_sampler(), weights=weights)  # noqa: E731
+        log = RewardLog(self.state)
         collect_rollouts(
             folder / name,
             prompts=list(dataset["prompt"]),
@@ -513,9 +520,44 @@ class MAVISTrainer(Trainer):
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
             reward_ids=self._rewards,
+            reward_log=log,
         )
         self.accelerator.wait_for_everyone()
-        return read_rollouts(folder / name)
+        trees = read_rollouts(folder / name)
+        self._report(name, trees, log)
+        return trees
+
+    def _report(self, name: str, trees: list[Tree], log: RewardLog) -> None:
+        """Logs what reward functions have logged, and a sample of the responses if asked to."""
+        logged: dict[str, list[float]] = {}
+        for of_process in gather_object([dict(log.metrics)]):
+            for metric, values in of_process.items():
+                logged.setdefault(metric, []).extend(values)
+        if logged:
+            prefix = "eval_" if name == "eval" else ""
+            self.log({prefix + metric: float(np.mean(x)) for metric, x in logged.items()})
+        if not (self.args.log_completions and self.is_world_process_zero()):
+            return
+        from trl.trainer.utils import print_prompt_completions_sample
+
+        drawn = np.random.default_rng(self.args.seed).permutation(len(trees))[:COMPLETIONS]
+        sample = [(trees[i], trees[i].leaves()[0]) for i in drawn]
+        print_prompt_completions_sample(
+            [self._prompts[name][tree.prompt_index]["prompt"] for tree, _ in sample],
+            self.processing_class.batch_decode(
+                [tree.response(leaf) for tree, leaf in sample], skip_special_tokens=True
+            ),
+            {
+                objective: [tree.rewards[objective][leaf] for tree, leaf in sample]
+                for objective in trees[0].rewards
+            },
+            None,
+            self.state.global_step,
+            extra={
+                column: [found.get((tree.prompt_index, leaf), "") for tree, leaf in sample]
+                for column, found in log.by_response.items()
+            },
+        )
 
     def collect_rollouts(self) -> None:
         """

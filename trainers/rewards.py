@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from .rollouts import Tree
 
 __all__ = [
-    "ClassifierReward", "compute_rewards", "identify", "load_reward_funcs", "reward_statistics",
+    "ClassifierReward", "RewardLog", "compute_rewards", "identify", "load_reward_funcs",
+    "reward_statistics",
 ]  # fmt: skip
 
 logger = logging.get_logger(__name__)
@@ -41,11 +43,15 @@ class ClassifierReward:
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             Model id, path, or a loaded sequence classifier with one label.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Its tokenizer. If `None`, it is loaded with the model's name.
         batch_size (`int`, *optional*, defaults to `16`):
             Number of responses scored at once.
     """
 
-    def __init__(self, model: str | PreTrainedModel, batch_size: int = 16) -> None:
+    def __init__(
+        self, model: str | PreTrainedModel, processing_class: Any = None, batch_size: int = 16
+    ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.model: Any = model
@@ -53,7 +59,9 @@ class ClassifierReward:
             self.model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
         self.model.eval()
         self.name = str(self.model.config.name_or_path)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.name)
+        self.tokenizer = processing_class
+        if processing_class is None:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -90,7 +98,52 @@ class ClassifierReward:
         return rewards
 
 
-def load_reward_funcs(reward_funcs: Any) -> dict[str, RewardFunc]:
+class RewardLog:
+    """
+    The keyword arguments that TRL's GRPO gives a reward function beside the responses and columns:
+    `trainer_state`, `log_extra(column, values)` and `log_metric(name, value)`.
+
+    Args:
+        trainer_state ([`~transformers.TrainerState`], *optional*):
+            Of the trainer whose rollouts are rewarded.
+
+    Attributes:
+        metrics (`dict[str, list[float]]`):
+            What was logged by `log_metric`, a value per call.
+        extra (`dict[str, list]`):
+            What was logged by `log_extra` since it was taken, a value per response.
+    """
+
+    def __init__(self, trainer_state: Any = None) -> None:
+        self.trainer_state = trainer_state
+        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.extra: dict[str, list[Any]] = defaultdict(list)
+        self.by_response: dict[str, dict[tuple[int, int], Any]] = defaultdict(dict)
+
+    def keywords(self, func: RewardFunc) -> dict[str, Any]:
+        """Those that a function takes; TRL's may be used without `**kwargs`, too."""
+        offered: dict[str, Any] = {
+            "trainer_state": self.trainer_state,
+            "log_extra": lambda column, values: self.extra[column].extend(values),
+            "log_metric": lambda name, value: self.metrics[name].append(float(value)),
+        }
+        try:
+            parameters = inspect.signature(func).parameters
+        except (TypeError, ValueError):  # of what is not written in Python
+            return {}
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return offered
+        return {name: value for name, value in offered.items() if name in parameters}
+
+    def take_extra(self, responses: Sequence[tuple[int, int]]) -> None:
+        """Assigns what was logged for a batch to its responses: prompt and leaf of each."""
+        for column, values in self.extra.items():
+            if len(values) == len(responses):
+                self.by_response[column].update(zip(responses, values))
+        self.extra.clear()
+
+
+def load_reward_funcs(reward_funcs: Any, processing_classes: Any = None) -> dict[str, RewardFunc]:
     """
     Checks the names and loads the model ids.
 
@@ -98,6 +151,9 @@ def load_reward_funcs(reward_funcs: Any) -> dict[str, RewardFunc]:
         reward_funcs (`dict[str, Callable | str | PreTrainedModel]`, or a `list` of these, or one):
             One reward function per objective. Without names, as in TRL, an objective is named by
             its function's `__name__`, or by the last part of its model's id.
+        processing_classes (`list`, or `dict[str, PreTrainedTokenizerBase]`, or one, *optional*):
+            Tokenizers of the reward models, in the order of `reward_funcs` or by objective; `None`
+            for those that are loaded with the model's name, and for functions.
 
     Returns:
         `dict[str, Callable]`: The same objectives, in the same order.
@@ -117,11 +173,27 @@ def load_reward_funcs(reward_funcs: Any) -> dict[str, RewardFunc]:
             "`reward_funcs` must be a non-empty dict of objective names to reward functions or "
             f"model ids, for example {{'positivity': positivity}}, got {reward_funcs!r}"
         )
+    tokenizers = processing_classes
+    if not isinstance(tokenizers, Mapping):
+        listed = tokenizers if isinstance(tokenizers, (list, tuple)) else [tokenizers]
+        if tokenizers is None:
+            listed = [None] * len(reward_funcs)
+        if len(listed) != len(reward_funcs):
+            raise ValueError(
+                f"`reward_processing_classes` has {len(listed)} entries for the "
+                f"{len(reward_funcs)} `reward_funcs`: give one for each, None for functions"
+            )
+        tokenizers = dict(zip(reward_funcs, listed))
+    if unknown := sorted(set(tokenizers) - set(reward_funcs)):
+        raise ValueError(
+            f"`reward_processing_classes` names {unknown[0]!r}, which is no objective of "
+            f"`reward_funcs`: {list(reward_funcs)}"
+        )
     loaded: dict[str, RewardFunc] = {}
     for name, func in reward_funcs.items():
         check_objective_name("`reward_funcs`", name)
         if isinstance(func, str) or hasattr(func, "config"):
-            loaded[name] = ClassifierReward(func)
+            loaded[name] = ClassifierReward(func, tokenizers.get(name))
         elif callable(func):
             loaded[name] = func
         else:
@@ -167,6 +239,7 @@ def compute_rewards(
     completions: Sequence[Any],
     completion_ids: Sequence[list[int]],
     columns: Mapping[str, Sequence[Any]],
+    log: RewardLog | None = None,
 ) -> list[float]:
     """
     Calls one reward function on a batch and checks what it returns.
@@ -184,11 +257,15 @@ def compute_rewards(
             Tokens of the completions, with the end-of-sequence token of those that ended.
         columns (`dict[str, list]`):
             Other columns of the dataset.
+        log (`RewardLog`, *optional*):
+            Gives the function the rest of TRL's keyword arguments.
 
     Returns:
         `list[float]`: A finite reward per completion, NaN where the function returned `None`, which
         is "not applicable" in TRL.
     """
+
+    keywords = (log or RewardLog()).keywords(func)
 
     def call(rows: Sequence[int]) -> Any:
         result = func(
@@ -196,6 +273,7 @@ def compute_rewards(
             completions=[completions[i] for i in rows],
             completion_ids=[completion_ids[i] for i in rows],
             **{column: [values[i] for i in rows] for column, values in columns.items()},
+            **keywords,
         )
         return _awaited(result)
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .fingerprints import Unknown, columns_read, digest_of, identify
-from .rewards import RewardFunc, compute_rewards
+from .rewards import RewardFunc, RewardLog, compute_rewards
 from .samplers import Sampler
 
 if TYPE_CHECKING:
@@ -365,6 +365,7 @@ def collect_rollouts(
     process_index: int = 0,
     num_processes: int = 1,
     reward_ids: Mapping[str, str] | None = None,
+    reward_log: RewardLog | None = None,
 ) -> list[Tree]:
     """
     Samples and rewards one tree per prompt, or reads what an earlier run left and does the rest.
@@ -402,6 +403,9 @@ def collect_rollouts(
             Number of processes that share the batches, and the folder.
         reward_ids (`dict[str, str]`, *optional*):
             [`identify`] of the reward functions, where it was asked before they were called.
+        reward_log ([`RewardLog`], *optional*):
+            What reward functions are given beside the responses, and log. What is stored already is
+            not scored again, and logs nothing.
 
     Returns:
         `list[Tree]`: One tree per prompt of this process, in order.
@@ -453,7 +457,7 @@ def collect_rollouts(
                     continue
                 if name in stored:
                     logger.warning(f"reward function {name!r} has changed: scoring {path} again")
-                score_trees(trees, name, func, prompts, columns, tokenizer)
+                score_trees(trees, name, func, prompts, columns, tokenizer, reward_log)
                 stored[name] = reward_id
                 write_trees(path, trees, stored)
             collected += trees
@@ -524,6 +528,7 @@ def score_trees(
     prompts: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
     tokenizer: PreTrainedTokenizerBase,
+    log: RewardLog | None = None,
 ) -> None:
     """Computes one objective's reward of every finished response, in one call of its function."""
     leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves()]
@@ -540,8 +545,11 @@ def score_trees(
             completions,
             completion_ids,
             {column: [values[row] for row in rows] for column, values in columns.items()},
+            log,
         )
     )
+    if log is not None:
+        log.take_extra([(tree.prompt_index, leaf) for tree, leaf in leaves])
     for tree in trees:
         tree.rewards[name] = np.full(len(tree.nodes), np.nan)
     for tree, leaf in leaves:

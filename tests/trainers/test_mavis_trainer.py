@@ -1,4 +1,5 @@
 import concurrent.futures
+import functools
 import json
 import os
 import re
@@ -669,3 +670,26 @@ def test_rewards_that_do_not_apply_are_left_out(base_model, tmp_path, head_type)
     assert len(unknown) == 3 and not unknown & {s["tree"] for s in sequences}, "nothing to learn"
     assert all(torch.isfinite(x).all() for x in made.model.parameters())
     assert np.isfinite(metrics["eval_explained_variance/sometimes"])
+
+
+def test_what_reward_functions_log_is_reported(base_model, tmp_path, capsys):
+    def measured(completions, log_metric, log_extra, trainer_state, **kwargs):
+        log_metric("length", sum(map(len, completions)) / len(completions))
+        log_extra("capital", [text.upper() for text in completions])
+        assert trainer_state.global_step == 0
+        return goodness(completions=completions)
+
+    made = trainer(
+        base_model, tmp_path, {"measured": measured}, prompts(6), log_completions=True,
+        rollout_batch_size=3,
+    )  # fmt: skip
+    made.collect_rollouts()
+    (logged,) = [entry["length"] for entry in made.state.log_history if "length" in entry]
+    trees = made._base_trees["train"]
+    decode = functools.partial(made.processing_class.decode, skip_special_tokens=True)
+    texts = [[decode(tree.response(i)) for i in tree.leaves()] for tree in trees]
+    batches = [[len(t) for of_tree in half for t in of_tree] for half in (texts[:3], texts[3:])]
+    assert logged == pytest.approx(np.mean([np.mean(batch) for batch in batches]))
+    shown = capsys.readouterr().out
+    assert "capital" in shown and "measured" in shown
+    assert any(word.upper() in shown for text in texts for word in text[0].split())

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from trimtab.trainers.rewards import compute_rewards, load_reward_funcs, reward_statistics
+from trimtab.trainers.rewards import (
+    RewardLog,
+    compute_rewards,
+    load_reward_funcs,
+    reward_statistics,
+)
 from trimtab.trainers.rollouts import Node, Tree
+
+from .conftest import VOCABULARY, make_tokenizer
 
 
 def compute(func, prompts=("first", "second"), **columns):
@@ -120,14 +127,15 @@ def test_reward_func_of_the_wrong_type_is_refused():
         load_reward_funcs({"kind": 3})
 
 
-def test_model_id_is_loaded_as_a_classifier(tmp_path, tokenizer):
+def make_classifier(folder):
+    """A tiny reward model, as it is loaded from its folder."""
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=len(VOCABULARY),
             hidden_size=16,
             intermediate_size=16,
             num_hidden_layers=1,
@@ -135,8 +143,15 @@ def test_model_id_is_loaded_as_a_classifier(tmp_path, tokenizer):
             num_labels=1,
             pad_token_id=0,
         )
-    ).eval()
-    model.save_pretrained(tmp_path)
+    )
+    model.save_pretrained(folder)
+    return LlamaForSequenceClassification.from_pretrained(folder).eval()
+
+
+def test_model_id_is_loaded_as_a_classifier(tmp_path, tokenizer):
+    import torch
+
+    model = make_classifier(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert list(load_reward_funcs([str(tmp_path)])) == [tmp_path.name]
     func = load_reward_funcs({"judge": str(tmp_path)})["judge"]
@@ -281,3 +296,57 @@ def test_example_relevance_prefers_the_answer_to_the_prompt(examples):
     prompts = [[{"role": "user", "content": "Tell me about cats."}]] * 2
     close, far = examples.relevance(prompts=prompts, completions=[PLAIN, "Taxes are due in May."])
     assert close > far + 0.1
+
+
+def test_functions_get_what_trl_gives_them():
+    state, log = object(), RewardLog()
+    log.trainer_state = state
+    seen = []
+
+    def takes_all(completions, **kwargs):
+        kwargs["log_metric"]("length", sum(map(len, completions)))
+        kwargs["log_extra"]("first", [c[0] for c in completions])
+        seen.append(kwargs["trainer_state"])
+        return [0.0] * len(completions)
+
+    def takes_one(prompts, completions, completion_ids, trainer_state):
+        seen.append(trainer_state)
+        return [0.0] * len(completions)
+
+    def takes_none(prompts, completions, completion_ids):
+        return [0.0] * len(completions)
+
+    arguments = (["p", "q"], ["ab", "cde"], [[1], [2]], {})
+    for func in (takes_all, takes_one, takes_none):
+        compute_rewards("kind", func, *arguments, log)
+    assert seen == [state, state] and log.metrics == {"length": [5.0]}
+    log.take_extra([(0, 3), (1, 4)])
+    assert log.by_response == {"first": {(0, 3): "a", (1, 4): "c"}} and not log.extra
+    assert compute_rewards("kind", takes_all, *arguments) == [0.0, 0.0], "without a log, too"
+
+
+def test_rewards_of_trl_are_taken():
+    from trl.rewards import get_soft_overlong_punishment, think_format_reward
+
+    loaded = load_reward_funcs([think_format_reward, get_soft_overlong_punishment(4, 2)])
+    texts = ["<think>\nWhy\n</think>\nSo", "So"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    found = [
+        compute_rewards(name, func, ["a", "b"], completions, [[1] * 3, [1] * 9], {})
+        for name, func in loaded.items()
+    ]
+    assert found == [[1.0, 0.0], [-0.5, -1.0]]
+
+
+def test_reward_models_take_their_own_tokenizers(tmp_path, tokenizer):
+    model = make_classifier(tmp_path)
+    other = make_tokenizer(chat_template=False)
+    other.name_or_path = "other"
+    for given in ({"judge": other}, [None, other]):
+        funcs = {"size": len, "judge": model} if isinstance(given, list) else {"judge": model}
+        assert load_reward_funcs(funcs, given)["judge"].tokenizer is other
+    assert load_reward_funcs(model, other)[tmp_path.name].tokenizer is other
+    with pytest.raises(ValueError, match="has 1 entries for the 2 `reward_funcs`"):
+        load_reward_funcs({"size": len, "judge": model}, other)
+    with pytest.raises(ValueError, match="names 'jugde', which is no objective"):
+        load_reward_funcs({"judge": model}, {"jugde": other})
