@@ -570,9 +570,12 @@ def model_card(config: MAVISValueConfig) -> str:
     deviation = "standard deviation"
     if "reward_std" in provenance:
         deviation += f" {provenance['reward_std']}"
+    # Responses from data need not be the base model's.
+    of_data = (provenance.get("rollouts") or {}).get("source") == "data"
+    scored = "score in the data" if of_data else "reward under the base model"
     measured = _policies_table(provenance["iterations"]) if "iterations" in provenance else ""
     if "held_out" in provenance:
-        measured += _efficiency_table(provenance["held_out"])
+        measured += _efficiency_table(provenance["held_out"], of_data)
     return f"""---
 library_name: transformers
 tags: [mavis, value-model]
@@ -583,7 +586,7 @@ tags: [mavis, value-model]
 Predicts the reward that a partial response of `{base}` will end with, for value-guided decoding
 ([MAVIS](https://arxiv.org/abs/2508.13415)). Head: `{config.head_type}`, which reads {reads}.
 
-| objective | mean reward under the base model | {deviation} | scale of its values |
+| objective | mean {scored} | {deviation} | scale of its values |
 | --- | --- | --- | --- |
 {rows}
 {measured}
@@ -628,13 +631,16 @@ def _policies_table(iterations: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _efficiency_table(measures: dict[str, Any]) -> str:
+def _efficiency_table(measures: dict[str, Any], of_data: bool) -> str:
     """How well heads guide by held-out rollouts, in Markdown."""
+    of, only = "the base model", ""
+    if of_data:
+        of, only = "the data", ", which it is for the base model's own responses alone"
     lines = [
         "",
-        "On held-out responses of the base model; KL efficiency is the squared gain in reward, in "
-        "variances, by two nats of KL, for weak guidance; explained variance is within a prompt; "
-        "95 % intervals:",
+        f"On held-out responses of {of}; KL efficiency is the squared gain in reward, in "
+        f"variances, by two nats of KL, for weak guidance{only}; explained variance is within a "
+        "prompt; 95 % intervals:",
         "",
         "| objective | KL efficiency | explained variance |",
         "| --- | --- | --- |",

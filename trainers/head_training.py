@@ -152,10 +152,12 @@ def _fit_alike(
     columns: list[int],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """[`fit_values`] of objectives that are known of the same responses."""
-    folds = min(FOLDS, len(items))
     labels = [torch.as_tensor(item["labels"])[:, columns].nan_to_num() for item in items]
     reach = [torch.as_tensor(item["reach"])[:, columns[:1]] for item in items]
     count = len(columns)
+    told = [bool((share > 0).any()) for share in reach]
+    folds = min(FOLDS, sum(told))
+    fold_of = np.cumsum([0, *told[:-1]]) % folds  # each has as many items that say something
     first = with_bias(features(items[0]))
     device, width = first.device, first.shape[1]
     grams = torch.zeros(folds, width, width, dtype=torch.float64, device=device)
@@ -163,8 +165,8 @@ def _fit_alike(
     for i, item in enumerate(items):
         x = with_bias(features(item))
         weighted = (x * reach[i].to(device)).T
-        grams[i % folds] += weighted @ x
-        moments[i % folds] += weighted @ labels[i].to(device)
+        grams[fold_of[i]] += weighted @ x
+        moments[fold_of[i]] += weighted @ labels[i].to(device)
     gram, moment = grams.sum(0), moments.sum(0)
     ridge = gram[-1, -1].expand(width).clone()
     ridge[-1] = 0  # the bias is free
@@ -184,7 +186,7 @@ def _fit_alike(
         for fold in range(folds)
     ]
     values = [
-        (with_bias(features(x)) @ solved[i % folds]).cpu().unflatten(1, (-1, count))
+        (with_bias(features(x)) @ solved[fold_of[i]]).cpu().unflatten(1, (-1, count))
         for i, x in enumerate(items)
     ]  # [n, strengths, n_objectives] each
     errors = torch.zeros(len(STRENGTHS))
@@ -282,14 +284,20 @@ def centred_advantages(
 
 
 def head_loss(
-    batch: dict[str, torch.Tensor], advantages: torch.Tensor, temperature: float = 1.0
+    batch: dict[str, torch.Tensor],
+    advantages: torch.Tensor,
+    temperature: float = 1.0,
+    on_policy: bool = True,
 ) -> torch.Tensor:
     """
     Mean squared error of `A` against the excess of the sampled tokens' returns, up to a constant,
     summed over the members of the ensemble.
 
     `E[A^2]` of the sampled token is taken as the candidates' variance, which it is in expectation:
-    the minimum is that of `D - 2 C`, the highest KL efficiency with a scale of 1.
+    the minimum is that of `D - 2 C`, the highest KL efficiency with a scale of 1. Of tokens that
+    another policy may have chosen it is their own square: advantages of what that policy prefers
+    would be exaggerated by as much as it does. Tokens that are no candidates are left out, since
+    guidance cannot choose them.
 
     Args:
         batch (`dict[str, torch.Tensor]`):
@@ -298,13 +306,16 @@ def head_loss(
             `[ensemble_size, n, k, n_objectives]`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of the sampling.
+        on_policy (`bool`, *optional*, defaults to `True`):
+            Whether the tokens were sampled from the policy that `log_probs` are of.
     """
     loss = advantages.new_zeros(())
     for member in advantages:
         of_token, variances, sampled = centred_advantages(batch, member, temperature)
+        squares = variances if on_policy else of_token.square()
         # What is not known is left out before it is multiplied: its gradient would be NaN.
         known = sampled[:, None] & ~batch["excess"].isnan()
-        errors = (variances - 2 * of_token * batch["excess"].nan_to_num())[known]
+        errors = (squares - 2 * of_token * batch["excess"].nan_to_num())[known]
         loss = loss + errors.sum() / known.sum().clamp(min=1)
     return loss
 
@@ -315,6 +326,7 @@ def efficiency_sums(
     values: torch.Tensor,
     advantages: torch.Tensor,
     temperature: float = 1.0,
+    on_policy: bool = True,
 ) -> torch.Tensor:
     """
     What KL efficiency and explained variance are computed from.
@@ -328,17 +340,21 @@ def efficiency_sums(
             `A` of the candidates there, `[n, k, n_objectives]`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of the sampling.
+        on_policy (`bool`, *optional*, defaults to `True`):
+            See [`head_loss`].
 
     Returns:
         `torch.Tensor`: of every tree `C`, `D`, and the squared error and the variance of `V`, both
-        within the tree, `[n_trees, 4, n_objectives]` float64; NaN of objectives that are not known.
+        within the tree, `[n_trees, 4, n_objectives]` float64, of its responses whose label is known
+        (not NaN); NaN of objectives of which none is.
     """
     labels, trees = batch["labels"].double(), batch["trees"]
     of_token, variances, sampled = centred_advantages(batch, advantages, temperature)
+    squares = variances if on_policy else of_token.square()
     used = sampled[:, None] * batch["reach"].double()
     excess = labels - batch["baseline"][batch["previous"]].double()
     labels, excess = (torch.where(used > 0, x, 0.0) for x in (labels, excess))
-    columns = torch.stack([used * of_token * excess, used * variances], 1)
+    columns = torch.stack([used * of_token * excess, used * squares], 1)
     count = int(trees.max()) + 1
 
     def summed(x: torch.Tensor) -> torch.Tensor:
@@ -352,7 +368,8 @@ def efficiency_sums(
         mean = summed(weighted) / summed(used).clamp(min=1e-9)
         spread.append(summed(used * (x - mean[trees]).square()))
     sums = torch.cat([summed(columns), torch.stack(spread, 1)], 1)
-    return sums.masked_fill(summed(batch["reach"])[:, None] == 0, torch.nan)
+    told = summed(batch["reach"].double() * (batch["depths"] == 0)[:, None])
+    return sums / told.masked_fill(told == 0, torch.nan)[:, None]
 
 
 def efficiency(sums: np.ndarray) -> list[dict[str, dict[str, float]]]:
@@ -475,6 +492,16 @@ class HeadTraining(TrainerCallback):
         """
         trainer = self.trainer
         items, self.held_out = self._read(folders)
+        for i, name in enumerate(trainer.objectives):
+            told = [
+                sum(not np.isnan(item["labels"][:, i]).all() for item in part)
+                for part in (items, self.held_out)
+            ]
+            if not all(told):
+                raise ValueError(
+                    f"{name!r} is known of responses to {told[0]} prompts to learn from and to "
+                    f"{told[1]} held-out ones; give scores of both, or remove the objective"
+                )
         trainer.train_dataset, trainer.eval_dataset = (
             self._dataset(part) for part in (items, self.held_out)
         )
@@ -561,14 +588,21 @@ class HeadTraining(TrainerCallback):
         args = self.trainer.args
         values, advantages = read_heads(model, inputs, self.embedding)
         if model.training:
-            loss = head_loss(inputs, advantages, args.temperature)
+            loss = head_loss(inputs, advantages, args.temperature, self.trainer.on_policy)
         else:
             loss = (
                 (values - inputs["labels"]).square().nanmean()
             )  # of `V`: `A` has its own measures
-            sums = efficiency_sums(inputs, values, advantages.mean(0), args.temperature)
+            sums = self._sums(inputs, values, advantages)
             self.trainer._metrics["eval"].add(sums)
         return loss, values
+
+    def _sums(
+        self, batch: dict[str, torch.Tensor], values: torch.Tensor, advantages: torch.Tensor
+    ) -> torch.Tensor:
+        trainer = self.trainer
+        temperature, on_policy = trainer.args.temperature, trainer.on_policy
+        return efficiency_sums(batch, values, advantages.mean(0), temperature, on_policy)
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
@@ -581,8 +615,7 @@ class HeadTraining(TrainerCallback):
         for item in self.held_out[accelerator.process_index :: accelerator.num_processes]:
             batch = trainer._prepare_inputs(collate_rows([item]))
             values, advantages = read_heads(model, batch, self.embedding)
-            sums = efficiency_sums(batch, values, advantages.mean(0), trainer.args.temperature)
-            metrics.add(sums)
+            metrics.add(self._sums(batch, values, advantages))
         model.train(training)
         return metrics.measures()
 

@@ -139,7 +139,7 @@ def cache_hidden_states(
             base_model = load_base_model().eval()
             if not hasattr(base_model, "hf_device_map"):
                 base_model = base_model.to(accelerator.device)
-            _check_trees_are_followed(base_model, trees, pad_token_id)
+            _check_trees_are_followed(base_model, trees, max_length, pad_token_id)
         columns = [read_tree(base_model, t, top_k, max_length, pad_token_id) for t in trees]
         tensors = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
         _write(cache_path(path), tensors, identity)
@@ -236,7 +236,9 @@ def _run(
 
 
 @torch.no_grad()
-def _check_trees_are_followed(base_model: Any, trees: Sequence[Tree], pad_token_id: int) -> None:
+def _check_trees_are_followed(
+    base_model: Any, trees: Sequence[Tree], max_length: int, pad_token_id: int
+) -> None:
     """
     Compares a response's last hidden state in its tree with that of the response alone: heads would
     be trained on nonsense by a model that ignores the mask (a recurrent one, a sliding window).
@@ -248,7 +250,7 @@ def _check_trees_are_followed(base_model: Any, trees: Sequence[Tree], pad_token_
     base_model(ids.to(base_model.get_input_embeddings().weight.device), use_cache=False)
     alone = watched.take()
     assert alone is not None
-    packed = read_tree(base_model, tree, 1, 1 << 30, pad_token_id)["hidden"]
+    packed = read_tree(base_model, tree, 1, max_length, pad_token_id)["hidden"]
     alone, packed = alone[0].float().cpu(), packed[row_starts(tree)[leaf + 1] - 1].float()
     error = float((packed - alone).norm() / alone.norm())
     if not error < TOLERANCE:

@@ -54,6 +54,7 @@ from .candidates import (
     advantage_slopes,
     candidate_differences,
 )
+from .data import Responses, read_responses, score_columns, store_responses, tokenize
 from .fingerprints import identify, state_fingerprint, weights_fingerprint
 from .head_training import HELD_OUT, HeadMetrics, HeadTraining
 from .hidden_states import collate_rows
@@ -147,9 +148,18 @@ class MAVISTrainer(Trainer):
         train_dataset ([`~datasets.Dataset`]):
             Dataset of prompts, with a column `"prompt"` of strings (standard) or lists of messages
             (conversational). Other columns are passed to the reward functions.
+
+            Without `reward_funcs`, a dataset of responses that were scored before, and nothing is
+            sampled: TRL's prompt-completion type, with a column `"completion"`, and a column of
+            numbers for each objective, named as it, in which `None` or NaN is a score that is not
+            known. All such columns are objectives: with the column `"label"` of TRL's unpaired
+            preference type it is that one. Remove the others, such as an id. A response that does
+            not end gets an end-of-sequence token. One longer than `args.max_completion_length` is
+            cut, and its first tokens are learnt from with the score of the whole response.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Dataset of prompts to evaluate on, with its own rollouts, sampled once. With several
-            iterations it also scales the values and measures the policies.
+            iterations it also scales the values and measures the policies. Without `reward_funcs`,
+            responses with the same columns.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The base model's tokenizer. If `None`, it is loaded with
             [`~transformers.AutoTokenizer.from_pretrained`].
@@ -232,8 +242,23 @@ class MAVISTrainer(Trainer):
                 "`model` as the base model's id or path, and leave `train_embeddings` off"
             )
         self.base_model = base_model
-        self.reward_funcs = load_reward_funcs(reward_funcs or {}, reward_processing_classes)
+        self._responses: dict[str, Responses] = {}  # by dataset, if they are there already
+        of_data = reward_funcs is None and "completion" in (
+            getattr(train_dataset, "column_names", None) or ()
+        )
+        if of_data and args.num_iterations > 1:
+            raise ValueError(
+                f"num_iterations={args.num_iterations} needs `reward_funcs`: later iterations "
+                "sample responses that no dataset has scored"
+            )
+        self.reward_funcs = (
+            {} if of_data else load_reward_funcs(reward_funcs or {}, reward_processing_classes)
+        )
         self.objectives = list(self.reward_funcs)
+        if of_data:
+            given = [] if isinstance(model, str) else list(model.config.objectives or [])
+            found: Any = train_dataset
+            self.objectives = given or score_columns(found)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_model)
         self.tree_config = TreeConfig(
@@ -298,11 +323,25 @@ class MAVISTrainer(Trainer):
                     name, dataset, processing_class, args
                 )
         self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
+        if of_data:
+            self._responses = {
+                name: read_responses(
+                    name,
+                    self._prompts[name],
+                    self.objectives,
+                    prompt_ids,
+                    processing_class,
+                    self.eos_token_ids,
+                    args.max_completion_length,
+                    template_kwargs(args),
+                )
+                for name, prompt_ids in self._prompt_ids.items()
+            }
 
         longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
         if self._heads is not None:
             refuse_for_heads(args, peft_config)
-            count = len(self._prompt_ids["train"])
+            count = len(self._responses["train"].trees if of_data else self._prompt_ids["train"])
             if eval_dataset is None and count < HELD_OUT:
                 raise ValueError(
                     f"`train_dataset` has {count} prompts, and heads are chosen and "
@@ -365,28 +404,15 @@ class MAVISTrainer(Trainer):
             longest is None or longest + args.max_completion_length > context
         ):
             longest = context - args.max_completion_length
-        template_kwargs: Any = args.chat_template_kwargs or {}
         prompt_ids = []
         for row, prompt in enumerate(dataset["prompt"]):
-            if isinstance(prompt, str):
-                # A prompt that a chat template has written begins with the token already.
-                bos = getattr(processing_class, "bos_token", None)
-                whole = bos is not None and prompt.startswith(bos)
-                ids = processing_class(prompt, add_special_tokens=not whole)["input_ids"]
-            elif processing_class.chat_template is None:
+            if not isinstance(prompt, str) and processing_class.chat_template is None:
                 raise ValueError(
                     f"`{name}_dataset` has conversational prompts and the tokenizer of "
                     f"{self.base_model!r} no chat template; set its `chat_template`, or give "
                     "strings"
                 )
-            else:
-                ids = processing_class.apply_chat_template(
-                    prompt,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=False,
-                    **template_kwargs,
-                )
+            ids = tokenize(processing_class, prompt, template_kwargs=template_kwargs(args))
             if not ids or (longest is not None and len(ids) > longest):
                 raise ValueError(
                     f"row {row} of `{name}_dataset` has a prompt of {len(ids)} tokens, 1 to "
@@ -475,6 +501,11 @@ class MAVISTrainer(Trainer):
         """The rollouts of a dataset under the base model or the policy of one objective."""
         args, dataset = self.args, self._prompts[name]
         folder = self._rollout_dir()
+        if self._responses:
+            if self.is_world_process_zero():
+                store_responses(folder / name, self._responses[name], args.rollout_batch_size)
+            self.accelerator.wait_for_everyone()
+            return read_rollouts(folder / name)
         identity = {
             "base_model": self.base_model,
             "base_model_fingerprint": self.value_config.base_model_fingerprint,
@@ -561,8 +592,8 @@ class MAVISTrainer(Trainer):
 
     def collect_rollouts(self) -> None:
         """
-        Samples and rewards what is missing of the base model's rollouts, and packs them for
-        training.
+        Samples and rewards what is missing of the base model's rollouts, or stores the responses
+        of the dataset, and packs them for training.
 
         [`~MAVISTrainer.train`] and [`~MAVISTrainer.evaluate`] call it; a second call does nothing.
         """
@@ -576,6 +607,12 @@ class MAVISTrainer(Trainer):
                 for name, dataset in self._prompts.items()
                 if dataset is not None
             }
+        if self._responses:
+            logger.warning(
+                "the responses are those of `train_dataset`, which need not be the base model's: "
+                "values are of what wrote them, and KL efficiency on such held-out responses is "
+                "the squared gain by two nats for the base model's own responses alone"
+            )
         mean, std = reward_statistics(trees["train"], self.objectives)
         self.value_config.reward_mean = mean.tolist()
         self.value_config.reward_std = std.tolist()
@@ -592,10 +629,16 @@ class MAVISTrainer(Trainer):
         self._iteration, self._trees = 0, []
         config.candidate_scale = None  # what it came with is of other values
         training = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
+        rollouts: dict[str, Any] = {**vars(self.tree_config), "prompts": len(trees["train"])}
+        within = "within a prompt"
+        if self._responses:
+            rollouts = self._responses["train"].describe()
+            if rollouts["prompts"] == rollouts["responses"]:
+                within = "of all responses"
         config.provenance = provenance(
-            rollouts={**vars(self.tree_config), "prompts": len(trees["train"])},
+            rollouts=rollouts,
             training={name: getattr(self.args, name) for name in (*training, "leaf_fraction")},
-            reward_std="within a prompt",
+            reward_std=within,
         )
         self._pack(trees)
         self._history = PolicyHistory(self.args.beta)
@@ -661,7 +704,9 @@ class MAVISTrainer(Trainer):
             max_length=args.max_length,
             kl_penalty=args.kl_penalty,
         )
-        self.train_dataset = pack(self._trees, leaf_fraction=args.leaf_fraction, seed=args.seed)
+        # The bottom layer of responses that are there already is all that there is.
+        fraction = 1.0 if self._responses else args.leaf_fraction
+        self.train_dataset = pack(self._trees, leaf_fraction=fraction, seed=args.seed)
         if "eval" in trees:
             self.eval_dataset = pack(trees["eval"])
 
@@ -742,6 +787,11 @@ class MAVISTrainer(Trainer):
         elif not several:
             self._heads.finish()
         return output
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether what is learnt from was sampled by the policy that it is taken to be of."""
+        return not self._responses
 
     @functools.cached_property
     def _base_weights(self) -> str:
@@ -1174,6 +1224,11 @@ def precision_of(kwargs: Mapping[str, Any] | None) -> dict[str, str]:
     names = ("dtype", "torch_dtype", "quantization", "quantization_config", "revision",
              "subfolder", "hf_overrides", "kv_cache_dtype")  # fmt: skip
     return {name: str(kwargs[name]) for name in names if kwargs and name in kwargs}
+
+
+def template_kwargs(args: Any) -> dict[str, Any]:
+    """For the chat template of prompts."""
+    return args.chat_template_kwargs or {}
 
 
 def is_value_model(name: str) -> bool:

@@ -337,7 +337,7 @@ def reward_statistics(
 
     Args:
         trees (`list[Tree]`):
-            Rollouts with rewards. Every prompt counts the same.
+            Rollouts with rewards. Every prompt of which one is known counts the same.
         objectives (`list[str]`):
             Names of the rewards.
 
@@ -395,7 +395,8 @@ def reward_statistics(
             message = (
                 "has a single response, or one first piece, to every prompt, so that its deviation "
                 f"within prompts is not known: values are in standard deviations of all responses, "
-                f"{total[i]:.6g}. Set `root_children` to 2 or more"
+                f"{total[i]:.6g}. Set `root_children` to 2 or more, or give data with several "
+                "responses to a prompt"
             )
         logger.warning(f"reward function {name!r} {message}")
         std[i] = total[i] if total[i] > least[i] else 1.0
