@@ -571,7 +571,8 @@ def model_card(config: MAVISValueConfig) -> str:
     if "reward_std" in provenance:
         deviation += f" {provenance['reward_std']}"
     # Responses from data need not be the base model's.
-    of_data = (provenance.get("rollouts") or {}).get("source") == "data"
+    rollouts = provenance.get("rollouts") or {}
+    of_data = rollouts.get("source") == "data" and not rollouts.get("from_base_model")
     scored = "score in the data" if of_data else "reward under the base model"
     measured = _policies_table(provenance["iterations"]) if "iterations" in provenance else ""
     if "held_out" in provenance:

@@ -6,6 +6,7 @@ Nothing heavy is imported here: names are loaded when they are first used.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .data import write_rollouts
     from .mavis_config import MAVISConfig
     from .mavis_trainer import MAVISTrainer
     from .pareto import (
@@ -41,6 +42,7 @@ _MODULES = {
     "simplex_weights": "pareto",
     "sweep": "pareto",
     "write_report": "pareto_report",
+    "write_rollouts": "data",
 }
 _EXTRAS = {"accelerate", "datasets", "peft", "pyarrow", "torch", "tqdm", "transformers", "trl"}
 
@@ -61,6 +63,7 @@ __all__ = [
     "simplex_weights",
     "sweep",
     "write_report",
+    "write_rollouts",
 ]
 
 

@@ -1,19 +1,23 @@
-"""Responses that are there already, with scores: datasets instead of rollouts.
+"""Responses that are there already, with scores: datasets, and files of another tool's rollouts.
 
-A prompt and its responses are a tree of depth one, in the same Parquet store as sampled trees. Who
-wrote the responses is not known, so that nothing here takes them for the base model's.
+A prompt and its responses are a tree of depth one, in the same Parquet store as sampled trees. They
+are taken for the base model's only where every one of them says so.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, Value
 from transformers.utils import logging
 
@@ -21,6 +25,7 @@ from trimtab.plugins.params import check_objective_name
 
 from .rollouts import FORMAT, Node, Tree, write_trees
 from .run_state import trees_fingerprint, write_json
+from .samplers import SERVER_TOLERANCE, prompt_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +34,10 @@ logger = logging.get_logger(__name__)
 
 SOURCE = "data"  # in a folder's rollouts.json
 NUMERIC = re.compile(r"u?int\d+|float\d+|double|bool")
-ROLES = ("prompt", "completion")  # of columns that are no scores
+# Columns that are no scores
+ROLES = ("prompt", "prompt_ids", "completion", "completion_ids", "model", "log_probs")
+FILES = (".jsonl", ".parquet")
+REFERENCES = 8  # responses whose log-probabilities are compared with the base model's
 
 
 @dataclass
@@ -43,10 +51,16 @@ class Responses:
             `prompt_index` is the prompt's first row.
         cut (`int`):
             Number of responses longer than `max_completion_length`.
+        from_base (`bool`):
+            Whether each of them says that the base model sampled it.
+        references (`list[tuple[list[int], list[int], list[float]]]`):
+            Prompt, tokens and their log-probabilities of some of these responses, if they have any.
     """
 
     trees: list[Tree]
     cut: int
+    from_base: bool = False
+    references: list[tuple[list[int], list[int], list[float]]] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """For the provenance of what is trained from them."""
@@ -55,6 +69,7 @@ class Responses:
             "prompts": len(self.trees),
             "responses": sum(len(tree.nodes) - 1 for tree in self.trees),
             "cut": self.cut,
+            "from_base_model": self.from_base,
             "fingerprint": trees_fingerprint(self.trees),
         }
 
@@ -68,8 +83,8 @@ def score_columns(dataset: Dataset) -> list[str]:
     scores = [column for column in others if _is_numeric(dataset, column)]
     if not scores:
         raise ValueError(
-            "`train_dataset` has a column 'completion' and no column of numbers to learn from, "
-            f"one for each objective; it has {dataset.column_names}. Add the scores, or give "
+            "`train_dataset` has responses and no column of numbers to learn from, one for each "
+            f"objective; it has {dataset.column_names}. Add the scores, or give "
             "`reward_funcs` to sample and reward responses of the base model"
         )
     for name in scores:
@@ -157,6 +172,40 @@ def tokenize_completion(
     return ids[: end + 1]
 
 
+def check_completion_ids(ids: Sequence[int], vocab_size: int, eos_token_ids: set[int]) -> list[int]:
+    """Raises `ValueError` where these cannot be the tokens of one response."""
+    if not ids:
+        raise ValueError("'completion_ids' is empty; a response has a token at least")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(
+            f"'completion_ids' has the token {max(ids)}, the base model's tokenizer has "
+            f"{vocab_size}; give tokens of the base model, or text"
+        )
+    if any(token in eos_token_ids for token in ids[:-1]):
+        raise ValueError(
+            "'completion_ids' goes on after an end-of-sequence token; a response ends there"
+        )
+    return list(ids)
+
+
+def sampled_from(name: str, dataset: Dataset, base_model: str) -> bool:
+    """
+    Whether every response of a dataset says, in its column `"model"`, that the base model sampled
+    it. Raises `ValueError` where one names another model.
+    """
+    if "model" not in dataset.column_names:
+        return False
+    models = list(dataset["model"])
+    for row, model in enumerate(models):
+        if model is not None and model != base_model:
+            raise ValueError(
+                f"row {row} of `{name}_dataset` was sampled from {model!r}, and values are to be "
+                f"of {base_model!r}: sample from that, or remove the column 'model' to learn from "
+                "these responses as of an unknown writer"
+            )
+    return None not in models
+
+
 def read_responses(
     name: str,
     dataset: Dataset,
@@ -165,6 +214,7 @@ def read_responses(
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: set[int],
     max_completion_length: int,
+    base_model: str,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Responses:
     """
@@ -177,8 +227,7 @@ def read_responses(
         name (`str`):
             Of the dataset, for messages.
         dataset ([`~datasets.Dataset`]):
-            With the columns `"prompt"`, `"completion"` and one for each objective, in which `None`
-            or NaN is a score that is not known.
+            With the columns of [`write_rollouts`], of which those of the objectives are learnt.
         objectives (`list[str]`):
             Columns to learn.
         prompt_ids (`list[list[int]]`):
@@ -189,18 +238,25 @@ def read_responses(
             Tokens that end a response.
         max_completion_length (`int`):
             Maximum number of tokens of a response.
+        base_model (`str`):
+            Id or path of the base model.
         template_kwargs (`dict[str, Any]`, *optional*):
             For the chat template.
 
     Returns:
         [`Responses`]: with the scores as rewards. Raises `ValueError` with the row.
     """
-    if missing := {"completion", *objectives} - set(dataset.column_names):
+    tokens_given = "completion_ids" in dataset.column_names
+    column_of_responses = "completion_ids" if tokens_given else "completion"
+    if missing := {column_of_responses, *objectives} - set(dataset.column_names):
         raise ValueError(
             f"`{name}_dataset` has no column {min(missing)!r}, it has {dataset.column_names}; it "
-            "must have a column 'completion' and one for each of the objectives "
-            f"{list(objectives)}"
+            "must have a column 'completion' or 'completion_ids', and one for each of the "
+            f"objectives {list(objectives)}"
         )
+    from_base = sampled_from(name, dataset, base_model)
+    log_probs: Any = dataset["log_probs"] if "log_probs" in dataset.column_names else []
+    referred = np.linspace(0, len(dataset) - 1, REFERENCES, dtype=int)
     scores = {}
     for column in objectives:
         if not _is_numeric(dataset, column):
@@ -220,12 +276,24 @@ def read_responses(
             )
     trees: dict[tuple[int, ...], Tree] = {}
     rows: dict[tuple[int, ...], list[int]] = {}
-    cut = 0
-    for row, (prompt, completion) in enumerate(zip(dataset["prompt"], dataset["completion"])):
+    cut, references = 0, []
+    prompts = dataset["prompt"] if "prompt" in dataset.column_names else [None] * len(dataset)
+    for row, (prompt, completion) in enumerate(zip(prompts, dataset[column_of_responses])):
         try:
-            tokens = tokenize_completion(
-                tokenizer, prompt, completion, prompt_ids[row], eos_token_ids, template_kwargs
-            )
+            if tokens_given:
+                tokens = check_completion_ids(completion, len(tokenizer), eos_token_ids)
+            elif prompt is None:
+                raise ValueError("'completion' is text and 'prompt_ids' is not; give both as one")
+            else:
+                tokens = tokenize_completion(
+                    tokenizer, prompt, completion, prompt_ids[row], eos_token_ids, template_kwargs
+                )
+            if from_base and row in referred and len(log_probs) and log_probs[row] is not None:
+                if len(log_probs[row]) != len(tokens):
+                    raise ValueError(
+                        f"'log_probs' has {len(log_probs[row])} numbers for {len(tokens)} tokens"
+                    )
+                references.append((prompt_ids[row], tokens, log_probs[row]))
         except ValueError as error:
             raise ValueError(f"row {row} of `{name}_dataset`: {error}") from error
         cut += len(tokens) > max_completion_length
@@ -241,7 +309,164 @@ def read_responses(
             f"max_completion_length={max_completion_length} tokens: of these the first ones are "
             "learnt from, with the score of the whole response"
         )
-    return Responses(list(trees.values()), cut)
+    return Responses(list(trees.values()), cut, from_base, references)
+
+
+def check_log_probs(responses: Responses, model: Any) -> None:
+    """
+    Compares the log-probabilities of some responses that are said to be the base model's with what
+    it computes.
+
+    Args:
+        responses ([`Responses`]):
+            With `references`.
+        model (`PreTrainedModel`):
+            The base model.
+    """
+    differences = []
+    for prompt, tokens, log_probs in responses.references:
+        computed = prompt_log_probs(model, prompt + tokens)[-len(tokens) :]
+        differences += np.abs(np.subtract(computed, log_probs)).tolist()
+    if not np.mean(differences) <= SERVER_TOLERANCE:
+        raise ValueError(
+            "the responses say that the base model sampled them, and their 'log_probs' differ from "
+            f"its own by {np.mean(differences):.2g} a token, more than the {SERVER_TOLERANCE:g} "
+            "of rounding: they are of other weights, or not of the plain softmax at temperature 1. "
+            "Remove the column 'model' to learn from them as of an unknown writer, or 'log_probs' "
+            "if these are of something else"
+        )
+
+
+def write_rollouts(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """
+    Writes responses with their scores to a file that [`read_rollouts`] reads, whole or not at all.
+
+    A row is a response, with
+
+    - `prompt_ids` and `completion_ids`, tokens of the base model, the last with its end-of-sequence
+      token if it ended; or `prompt` and `completion`, both strings or both lists of messages
+    - numbers or truth values in any other columns: its scores, by objective; `None` where one is
+      not known
+    - `model`, optional: id or path of the model that sampled it, as the trainer has it
+    - `log_probs`, optional: of its tokens, at temperature 1 over the whole vocabulary, as many as
+      `completion_ids`
+
+    Args:
+        path (`str` or `Path`):
+            Ends in `.jsonl`, an object on each line, or `.parquet`.
+        rows (`Iterable[dict[str, Any]]`):
+            A `list` of these, a [`~datasets.Dataset`] or what makes them one by one. Raises
+            `ValueError` with the row that is no such thing.
+    """
+    path, found = Path(path), []
+    _check_name(path)
+    for number, row in enumerate(rows):
+        _check_row(row, f"row {number}")
+        found.append(dict(row))
+    if not found:
+        raise ValueError(f"there are no rollouts to write to {str(path)!r}")
+    dataset = _dataset_of(found, "the rollouts")
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        if path.suffix == ".jsonl":
+            for row in found:
+                file.write(json.dumps(row).encode() + b"\n")
+        else:
+            pq.write_table(dataset.data.table, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_rollout_file(path: Path) -> Dataset:
+    """Of [`read_rollouts`]: the rows of a file, each of them checked."""
+    _check_name(path)
+    rows = []
+    if path.suffix == ".parquet":
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"{str(path)!r} is cut off or no Parquet ({error}); write it again"
+            ) from error
+        for number, row in enumerate(rows):
+            _check_row(row, f"{str(path)!r}, row {number}")
+    else:
+        with path.open() as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{str(path)!r}, line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{where} is cut off or no JSON ({error}); write the file again, or remove "
+                        "that line"
+                    ) from error
+                _check_row(row, where)
+                rows.append(row)
+    if not rows:
+        raise ValueError(f"{str(path)!r} holds no rollouts; write it again")
+    return _dataset_of(rows, repr(str(path)))
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix not in FILES:
+        raise ValueError(f"{str(path)!r} must end in one of {FILES}")
+
+
+def _dataset_of(rows: Sequence[dict[str, Any]], where: str) -> Dataset:
+    for column in sorted({name for row in rows for name in row} - set(ROLES)):
+        kinds = {isinstance(row.get(column), str) for row in rows if row.get(column) is not None}
+        if len(kinds) > 1:
+            raise ValueError(f"{where}: {column!r} is text in some rows and a number in others")
+    columns = {name: [row.get(name) for row in rows] for name in {n: 0 for r in rows for n in r}}
+    try:
+        return Dataset.from_dict(columns)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(
+            f"{where}: values of a column are of different types ({error}); make them one"
+        ) from error
+
+
+def _check_row(row: Any, where: str) -> None:
+    """Raises `ValueError` unless it is a row of [`write_rollouts`]."""
+
+    def refuse(field: str, expected: str) -> None:
+        value = repr(row.get(field))
+        value = value if len(value) < 80 else f"{value[:77]}..."
+        raise ValueError(f"{where}: {field!r} must be {expected}, got {value}")
+
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} must be an object of names and values, got {row!r:.80}")
+    if row.get("prompt_ids") is not None or row.get("completion_ids") is not None:
+        for name in ("prompt_ids", "completion_ids"):
+            ids = row.get(name)
+            if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+                refuse(name, "a list of one or more tokens, whole numbers")
+            if min(row[name]) < 0:
+                refuse(name, "a list of tokens, which are not negative")
+    else:
+        for name in ("prompt", "completion"):
+            text = row.get(name)
+            turns = text if isinstance(text, list) else []
+            messages = [turn for turn in turns if isinstance(turn, Mapping) and "role" in turn]
+            if not isinstance(text, str) and (not turns or len(messages) < len(turns)):
+                refuse(name, f"text or a list of messages (or '{name}_ids' tokens)")
+    if not isinstance(row.get("model"), (str, type(None))):
+        refuse("model", "the id or path of a model, or None")
+    given = row.get("log_probs")
+    if given is not None:
+        count = len(row.get("completion_ids") or ())
+        if not isinstance(given, list) or len(given) != count:
+            refuse("log_probs", f"a number for each of the {count} tokens of 'completion_ids'")
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) and x <= 0 for x in given):
+            refuse("log_probs", "finite numbers of at most 0")
+    scores = [value for name, value in row.items() if name not in ROLES]
+    if not any(value is None or isinstance(value, (int, float)) for value in scores):
+        raise ValueError(f"{where} has no score, in a column that is named by its objective")
+    for name, value in row.items():
+        if name not in ROLES and isinstance(value, float) and math.isinf(value):
+            refuse(name, "a finite number, or None where it is not known")
 
 
 def store_responses(folder: Path, responses: Responses, batch_size: int) -> None:

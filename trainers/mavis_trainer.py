@@ -54,7 +54,14 @@ from .candidates import (
     advantage_slopes,
     candidate_differences,
 )
-from .data import Responses, read_responses, score_columns, store_responses, tokenize
+from .data import (
+    Responses,
+    check_log_probs,
+    read_responses,
+    score_columns,
+    store_responses,
+    tokenize,
+)
 from .fingerprints import identify, state_fingerprint, weights_fingerprint
 from .head_training import HELD_OUT, HeadMetrics, HeadTraining
 from .hidden_states import collate_rows
@@ -243,19 +250,20 @@ class MAVISTrainer(Trainer):
             )
         self.base_model = base_model
         self._responses: dict[str, Responses] = {}  # by dataset, if they are there already
-        of_data = reward_funcs is None and "completion" in (
-            getattr(train_dataset, "column_names", None) or ()
-        )
-        if of_data and args.num_iterations > 1:
+        columns = set(getattr(train_dataset, "column_names", None) or ())
+        self._of_data = reward_funcs is None and bool(columns & {"completion", "completion_ids"})
+        if self._of_data and args.num_iterations > 1:
             raise ValueError(
                 f"num_iterations={args.num_iterations} needs `reward_funcs`: later iterations "
                 "sample responses that no dataset has scored"
             )
         self.reward_funcs = (
-            {} if of_data else load_reward_funcs(reward_funcs or {}, reward_processing_classes)
+            {}
+            if self._of_data
+            else load_reward_funcs(reward_funcs or {}, reward_processing_classes)
         )
         self.objectives = list(self.reward_funcs)
-        if of_data:
+        if self._of_data:
             given = [] if isinstance(model, str) else list(model.config.objectives or [])
             found: Any = train_dataset
             self.objectives = given or score_columns(found)
@@ -323,7 +331,7 @@ class MAVISTrainer(Trainer):
                     name, dataset, processing_class, args
                 )
         self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
-        if of_data:
+        if self._of_data:
             self._responses = {
                 name: read_responses(
                     name,
@@ -333,6 +341,7 @@ class MAVISTrainer(Trainer):
                     processing_class,
                     self.eos_token_ids,
                     args.max_completion_length,
+                    base_model,
                     template_kwargs(args),
                 )
                 for name, prompt_ids in self._prompt_ids.items()
@@ -341,7 +350,9 @@ class MAVISTrainer(Trainer):
         longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
         if self._heads is not None:
             refuse_for_heads(args, peft_config)
-            count = len(self._responses["train"].trees if of_data else self._prompt_ids["train"])
+            count = len(
+                self._responses["train"].trees if self._of_data else self._prompt_ids["train"]
+            )
             if eval_dataset is None and count < HELD_OUT:
                 raise ValueError(
                     f"`train_dataset` has {count} prompts, and heads are chosen and "
@@ -389,7 +400,9 @@ class MAVISTrainer(Trainer):
                 f"`{name}_dataset` must be a `datasets.Dataset` of prompts, got "
                 f"{type(dataset).__name__}"
             )
-        if "prompt" not in dataset.column_names:
+        tokens_given = self._of_data and "prompt_ids" in dataset.column_names
+        column = "prompt_ids" if tokens_given else "prompt"
+        if column not in dataset.column_names:
             raise ValueError(
                 f"`{name}_dataset` must have a column 'prompt', it has {dataset.column_names}"
             )
@@ -405,14 +418,17 @@ class MAVISTrainer(Trainer):
         ):
             longest = context - args.max_completion_length
         prompt_ids = []
-        for row, prompt in enumerate(dataset["prompt"]):
-            if not isinstance(prompt, str) and processing_class.chat_template is None:
+        for row, prompt in enumerate(dataset[column]):
+            if tokens_given:
+                ids = prompt or []
+            elif not isinstance(prompt, str) and processing_class.chat_template is None:
                 raise ValueError(
                     f"`{name}_dataset` has conversational prompts and the tokenizer of "
                     f"{self.base_model!r} no chat template; set its `chat_template`, or give "
                     "strings"
                 )
-            ids = tokenize(processing_class, prompt, template_kwargs=template_kwargs(args))
+            else:
+                ids = tokenize(processing_class, prompt, template_kwargs=template_kwargs(args))
             if not ids or (longest is not None and len(ids) > longest):
                 raise ValueError(
                     f"row {row} of `{name}_dataset` has a prompt of {len(ids)} tokens, 1 to "
@@ -607,7 +623,10 @@ class MAVISTrainer(Trainer):
                 for name, dataset in self._prompts.items()
                 if dataset is not None
             }
-        if self._responses:
+        for responses in self._responses.values():
+            if responses.references:
+                check_log_probs(responses, self.load_base_model().to(self.args.device))
+        if self._responses and not self.on_policy:
             logger.warning(
                 "the responses are those of `train_dataset`, which need not be the base model's: "
                 "values are of what wrote them, and KL efficiency on such held-out responses is "
@@ -791,7 +810,7 @@ class MAVISTrainer(Trainer):
     @property
     def on_policy(self) -> bool:
         """Whether what is learnt from was sampled by the policy that it is taken to be of."""
-        return not self._responses
+        return all(responses.from_base for responses in self._responses.values())
 
     @functools.cached_property
     def _base_weights(self) -> str:
@@ -892,7 +911,9 @@ class MAVISTrainer(Trainer):
 
     def _data(self) -> dict[str, Any]:
         """What the iteration learns from, of [`RunState`]'s inputs."""
-        data = {"rollouts": trees_fingerprint(self._trees)}
+        data: dict[str, Any] = {"rollouts": trees_fingerprint(self._trees)}
+        if not self.on_policy:
+            data["on policy"] = False
         if "eval" in self._base_trees:
             data["eval rollouts"] = trees_fingerprint(self._base_trees["eval"])
         return data

@@ -332,17 +332,24 @@ def read_trees(path: Path) -> tuple[list[Tree], dict[str, str]]:
     return trees, {key.decode(): value.decode() for key, value in metadata.items()}
 
 
-def read_rollouts(folder: str | Path) -> list[Tree]:
+def read_rollouts(folder: str | Path) -> Any:
     """
-    Reads all trees that were collected into a folder so far.
+    Reads all trees that were collected into a folder so far, or a file of responses.
 
     Args:
         folder (`str` or `Path`):
-            Where [`collect_rollouts`] wrote.
+            Where [`collect_rollouts`] wrote, or a file of [`write_rollouts`], `.jsonl` or
+            `.parquet`.
 
     Returns:
-        `list[Tree]`: The trees in the order of their prompts.
+        `list[Tree]` of a folder, in the order of their prompts; of a file, a [`~datasets.Dataset`]
+        for [`MAVISTrainer`] without `reward_funcs`. Raises `ValueError` with the file, the row and
+        the remedy where a file is damaged or has a row that is no response with scores.
     """
+    if Path(folder).suffix in (".jsonl", ".parquet"):
+        from .data import read_rollout_file
+
+        return read_rollout_file(Path(folder))
     return [
         tree
         for path in sorted(Path(folder).glob("trees-*.parquet"))

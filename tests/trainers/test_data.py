@@ -12,12 +12,13 @@ from transformers.utils import logging as transformers_logging
 
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 from trimtab.plugins.value_model import MAVISValueModel
-from trimtab.trainers import MAVISTrainer, read_rollouts
+from trimtab.trainers import MAVISTrainer, read_rollouts, write_rollouts
 from trimtab.trainers.head_training import efficiency_sums, fit_values, head_loss
 from trimtab.trainers.hidden_states import collate_rows, tree_rows
 from trimtab.trainers.packing import TreeDataset
 from trimtab.trainers.rewards import reward_statistics
 from trimtab.trainers.rollouts import Node, Tree
+from trimtab.trainers.samplers import prompt_log_probs
 
 from .conftest import END, VOCABULARY, WORDS, make_tokenizer
 from .test_head_training import FIELDS, goodness
@@ -404,3 +405,127 @@ def test_unknown_values_have_no_label_and_all_responses_are_packed():
 def test_words_are_tokens():
     """The tests above count on it."""
     assert make_tokenizer()("good <end>").input_ids == [VOCABULARY.index("good"), END]
+
+
+def tokens_of(rows, tokenizer, **more):
+    """The same responses as tokens, as another tool writes them."""
+    return [
+        {
+            "prompt_ids": tokenizer(row["prompt"]).input_ids,
+            "completion_ids": [*tokenizer(row["completion"]).input_ids, END],
+            **{name: row[name] for name in ("good", "bad")},
+            **more,
+        }
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rollouts_of_another_tool_are_read_as_they_were_written(tmp_path, tokenizer, suffix):
+    rows = scored(3)
+    with_tokens = tokens_of(rows, tokenizer, model="it")
+    with_tokens[0]["log_probs"] = [-1.5] * len(with_tokens[0]["completion_ids"])
+    for kind in (rows, with_tokens):
+        write_rollouts(tmp_path / f"rows.{suffix}", iter(kind))
+        found = read_rollouts(tmp_path / f"rows.{suffix}").to_list()
+        assert [{k: v for k, v in row.items() if k != "log_probs"} for row in found] == [
+            {k: v for k, v in row.items() if k != "log_probs"} for row in kind
+        ]
+    assert found[0]["log_probs"] == with_tokens[0]["log_probs"] and found[1]["log_probs"] is None
+    assert [path.name for path in tmp_path.iterdir()] == [f"rows.{suffix}"]
+
+
+def test_tokens_train_as_their_text_does(base_model, tmp_path, tokenizer):
+    rows, fields = scored(12), {**FIELDS, "num_train_epochs": 1}
+    write_rollouts(tmp_path / "tokens.jsonl", tokens_of(rows, tokenizer))
+    made = []
+    for name, data in (("text", Dataset.from_list(rows)), ("tokens", tmp_path / "tokens.jsonl")):
+        data = data if isinstance(data, Dataset) else read_rollouts(data)
+        made.append(trainer(base_model, tmp_path / name, data, **fields))
+        made[-1].train()
+        assert not made[-1].on_policy
+    torch.testing.assert_close(made[0].model.state_dict(), made[1].model.state_dict())
+
+
+def test_responses_are_the_base_models_if_they_say_so(base_model, tmp_path, tokenizer):
+    """Which is believed of its name, and checked against log-probabilities where there are any."""
+    fields = {**FIELDS, "num_train_epochs": 1}
+    rows = tokens_of(scored(12), tokenizer, model=base_model)
+    model = AutoModelForCausalLM.from_pretrained(base_model).eval()
+    for row in rows:
+        tokens = row["completion_ids"]
+        row["log_probs"] = prompt_log_probs(model, row["prompt_ids"] + tokens)[-len(tokens) :]
+    made = trainer(base_model, tmp_path / "own", Dataset.from_list(rows), **fields)
+    made.train()
+    made.save_model()
+    assert made.on_policy
+    assert "mean reward under the base model" in (tmp_path / "own" / "README.md").read_text()
+    unknown = [{**row, "model": None if i == 3 else base_model} for i, row in enumerate(rows)]
+    again = trainer(base_model, tmp_path / "own", Dataset.from_list(unknown), **fields)
+    assert not again.on_policy
+    with pytest.raises(ValueError, match="cannot be resumed: on policy was None and is False"):
+        again.train(resume_from_checkpoint=True)
+    for row in rows:
+        row["log_probs"] = [x - 0.5 for x in row["log_probs"]]
+    with pytest.raises(ValueError, match=r"differ from its own by 0\.5 a token"):
+        trainer(base_model, tmp_path / "other", Dataset.from_list(rows), **fields).train()
+    rows[5]["model"] = "another/model"
+    with pytest.raises(ValueError, match="row 5 of `train_dataset` was sampled from 'another/mod"):
+        trainer(base_model, tmp_path / "other", Dataset.from_list(rows), **fields)
+
+
+LINE = {"prompt_ids": [4], "completion_ids": [5, 0], "x": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt_ids": [4], "comple', r"rows.jsonl', line 2 is cut off or no JSON .* remove"),
+        ("3", "line 2 must be an object of names and values, got 3"),
+        ({**LINE, "completion_ids": []}, "line 2: 'completion_ids' must be a list of one or more"),
+        ({**LINE, "prompt_ids": ["a"]}, r"line 2: 'prompt_ids' must be .* got \['a'\]"),
+        ({**LINE, "completion_ids": [-1]}, "which are not negative"),
+        ({"prompt": "a", "completion": 3, "x": 1}, "line 2: 'completion' must be text or a list"),
+        ({"prompt": [{"content": "a"}], "completion": "b", "x": 1}, "'prompt' must be text or a"),
+        ({**LINE, "log_probs": [-1.0]}, "'log_probs' must be a number for each of the 2 tokens"),
+        ({**LINE, "log_probs": [-1.0, 1.0]}, "'log_probs' must be finite numbers of at most 0"),
+        ({**LINE, "model": 3}, "'model' must be the id or path of a model, or None, got 3"),
+        ({**LINE, "x": float("inf")}, "'x' must be a finite number, or None"),
+        ({"prompt_ids": [4], "completion_ids": [5]}, "line 2 has no score, in a column that"),
+        ({**LINE, "x": "1", "y": 1.0}, "'x' is text in some rows and a number in others"),
+    ],
+)
+def test_damaged_rollouts_are_named_with_file_and_line(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    line = line if isinstance(line, str) else json.dumps(line)
+    path.write_text(json.dumps(LINE) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_rollouts(path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    write_rollouts(tmp_path / "rows.parquet", [LINE])
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"cut.parquet' is cut off or no Parquet"):
+        read_rollouts(tmp_path / "cut.parquet")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty.jsonl' holds no rollouts"):
+        read_rollouts(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match=r"must end in one of \('.jsonl', '.parquet'\)"):
+        write_rollouts(tmp_path / "rows.csv", [LINE])
+    with pytest.raises(ValueError, match="row 1: 'model' must be"):
+        write_rollouts(tmp_path / "new.jsonl", [LINE, {**LINE, "model": 1}])
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**LINE, "completion_ids": [99]}, "row 0 of .*has the token 99, the base model's tokeniz"),
+        ({**LINE, "completion_ids": [0, 5]}, "row 0 of .*goes on after an end-of-sequence token"),
+        ({"prompt_ids": [4], "completion": " a", "x": 1.0}, "'completion' is text and 'prompt_ids"),
+    ],
+)
+def test_tokens_that_are_no_response_are_named(base_model, tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(base_model, tmp_path, Dataset.from_list([row]))
