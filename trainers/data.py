@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 from trimtab.plugins.params import check_objective_name
 
-from .rollouts import FORMAT, Node, Tree, write_trees
+from .preferences import WIN
+from .rollouts import FORMAT, MARGIN, Node, Tree, write_trees
 from .run_state import trees_fingerprint, write_json
 from .samplers import SERVER_TOLERANCE, prompt_log_probs
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+PAIR = ("chosen", "rejected")  # columns of a pair
+PREFERENCE = "preference"  # the objective of pairs
 SOURCE = "data"  # in a folder's rollouts.json
 NUMERIC = re.compile(r"u?int\d+|float\d+|double|bool")
 # Columns that are no scores
@@ -43,12 +46,12 @@ REFERENCES = 8  # responses whose log-probabilities are compared with the base m
 @dataclass
 class Responses:
     """
-    A dataset of scored responses, as trees.
+    A dataset of scored responses or of pairs, as trees.
 
     Args:
         trees (`list[Tree]`):
-            One for every distinct prompt, in order of appearance, with a leaf for every row. Its
-            `prompt_index` is the prompt's first row.
+            One for every distinct prompt, in order of appearance, with a leaf for every row, or two
+            for every pair, the preferred one first. Its `prompt_index` is the prompt's first row.
         cut (`int`):
             Number of responses longer than `max_completion_length`.
         from_base (`bool`):
@@ -79,6 +82,8 @@ def score_columns(dataset: Dataset) -> list[str]:
     The objectives of a dataset of responses: its columns of numbers or truth values. Columns that
     are no objectives are dropped before, with `dataset.select_columns` or `remove_columns`.
     """
+    if set(PAIR) & set(dataset.column_names):
+        return [PREFERENCE]
     others = [column for column in dataset.column_names if column not in ROLES]
     scores = [column for column in others if _is_numeric(dataset, column)]
     if not scores:
@@ -92,6 +97,33 @@ def score_columns(dataset: Dataset) -> list[str]:
     if left := [column for column in others if column not in scores]:
         logger.warning(f"the columns {left} hold no numbers, so that they are no objectives")
     return scores
+
+
+def with_prompts(dataset: Any) -> Any:
+    """Pairs with their prompt in a column of its own, where it is in both responses (TRL's implicit
+    prompts); any other dataset as it is."""
+    columns = set(getattr(dataset, "column_names", None) or ())
+    if not set(PAIR) <= columns or {"prompt", "prompt_ids"} & columns:
+        return dataset
+    return dataset.map(_split_prompt)
+
+
+def _split_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """What both responses of a pair begin with is their prompt: text up to a space, which goes to
+    the responses, since a token may begin with it and none ends with it."""
+    if not isinstance(row["chosen"], str):
+        from trl import extract_prompt
+
+        return extract_prompt(row)
+    common = row["chosen"][: _common_length(row["chosen"], row["rejected"])]
+    end = common.rfind(" ") if " " in common else len(common)
+    responses = {name: row[name][end:] for name in PAIR}
+    return {"prompt": common[:end], **responses}
+
+
+def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    differing = (i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+    return next(differing, min(len(a), len(b)))
 
 
 def _is_numeric(dataset: Dataset, column: str) -> bool:
@@ -138,24 +170,23 @@ def tokenize_completion(
     Raises `ValueError`, without saying in which row, where the prompt's tokens are not those that
     prompt and response begin with, or something follows the end.
     """
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise ValueError("'prompt' and 'completion' must both be strings or both lists of messages")
+    if not isinstance(completion, (str, list)) or type(prompt) is not type(completion):
+        raise ValueError(
+            "the prompt and the response must both be strings or both lists of messages"
+        )
     if not isinstance(completion, str) and len(completion) != 1:
         raise ValueError(
-            f"'completion' has {len(completion)} messages, a response is one message; put earlier "
-            "turns into 'prompt'"
+            f"the response has {len(completion)} messages and is to have one; put earlier turns "
+            "into the prompt"
         )
     whole = tokenize(tokenizer, prompt, completion, template_kwargs)
     if whole[: len(prompt_ids)] != prompt_ids:
-        common = next(
-            (i for i, (a, b) in enumerate(zip(prompt_ids, whole)) if a != b),
-            min(len(prompt_ids), len(whole)),
-        )
+        common = _common_length(prompt_ids, whole)
         raise ValueError(
-            "the tokens of the prompt are not those that prompt and completion begin with: the "
+            "the tokens of the prompt are not those that prompt and response begin with: the "
             f"prompt goes on with {tokenizer.decode(prompt_ids[common:])!r}, both together with "
             f"{tokenizer.decode(whole[common : len(prompt_ids) + 1])!r}. Move the space between "
-            "them to the beginning of the completion, or use a chat template that writes a prompt "
+            "them to the beginning of the response, or use a chat template that writes a prompt "
             "alike in both"
         )
     ids = whole[len(prompt_ids) :]
@@ -167,7 +198,7 @@ def tokenize_completion(
     after = str(tokenizer.decode(ids[end + 1 :], skip_special_tokens=True))
     if after.strip():
         raise ValueError(
-            f"{after!r} follows the end-of-sequence token in 'completion'; a response ends there"
+            f"{after!r} follows the end-of-sequence token in the response, which ends there"
         )
     return ids[: end + 1]
 
@@ -206,6 +237,48 @@ def sampled_from(name: str, dataset: Dataset, base_model: str) -> bool:
     return None not in models
 
 
+def _scores(name: str, dataset: Dataset, objectives: Sequence[str]) -> dict[str, np.ndarray]:
+    """Of every response, `[n_rows, 1]` for each objective."""
+    scores = {}
+    for column in objectives:
+        if not _is_numeric(dataset, column):
+            raise ValueError(
+                f"the column {column!r} of `{name}_dataset` holds "
+                f"{dataset.features[column]}, an objective is numbers"
+            )
+        values = np.array(dataset[column], dtype=float)
+        if np.isnan(values).all():
+            raise ValueError(
+                f"`{name}_dataset` has no score in its column {column!r}: remove the column"
+            )
+        if np.isinf(values).any():
+            raise ValueError(
+                f"row {int(np.isinf(values).argmax())} of `{name}_dataset` has an infinite "
+                f"{column!r}; give a number, or None where it is not known"
+            )
+        scores[column] = values[:, None]
+    return scores
+
+
+def _preferences(name: str, dataset: Dataset, objectives: Sequence[str]) -> dict[str, np.ndarray]:
+    """What both responses of a pair are worth, and its margin if there are any, `[n_rows, 2]`."""
+    found = {objectives[0]: np.tile([WIN, -WIN], (len(dataset), 1))}
+    if "margin" in dataset.column_names:
+        if not _is_numeric(dataset, "margin"):
+            raise ValueError(
+                f"the column 'margin' of `{name}_dataset` holds {dataset.features['margin']}, it "
+                "must hold numbers, log-odds; or leave it out"
+            )
+        margins = np.array(dataset["margin"], dtype=float)
+        if not np.isfinite(margins).all():
+            raise ValueError(
+                f"row {int((~np.isfinite(margins)).argmax())} of `{name}_dataset` has no finite "
+                "'margin'; give a number, 0 for none"
+            )
+        found[MARGIN] = np.stack([margins, np.zeros(len(margins))], axis=1)
+    return found
+
+
 def read_responses(
     name: str,
     dataset: Dataset,
@@ -218,7 +291,7 @@ def read_responses(
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Responses:
     """
-    Reads scored responses: of several rows with the same prompt one tree is made.
+    Reads scored responses or pairs: of several rows with the same prompt one tree is made.
 
     A response longer than `max_completion_length` is cut: its first tokens are learnt from, with
     the score of the whole response, which is what is known of what they lead to.
@@ -227,7 +300,9 @@ def read_responses(
         name (`str`):
             Of the dataset, for messages.
         dataset ([`~datasets.Dataset`]):
-            With the columns of [`write_rollouts`], of which those of the objectives are learnt.
+            With the columns of [`write_rollouts`], of which those of the objectives are learnt; or
+            with `"prompt"`, `"chosen"`, `"rejected"` and, optional, `"margin"`, in log-odds, and
+            `"model"`.
         objectives (`list[str]`):
             Columns to learn.
         prompt_ids (`list[list[int]]`):
@@ -244,70 +319,72 @@ def read_responses(
             For the chat template.
 
     Returns:
-        [`Responses`]: with the scores as rewards. Raises `ValueError` with the row.
+        [`Responses`]: with the scores as rewards, or in their place `WIN` for a preferred response
+        and `-WIN` for the other. Raises `ValueError` with the row.
     """
-    tokens_given = "completion_ids" in dataset.column_names
-    column_of_responses = "completion_ids" if tokens_given else "completion"
-    if missing := {column_of_responses, *objectives} - set(dataset.column_names):
+    given = set(dataset.column_names)
+    tokens_given = "completion_ids" in given
+    columns: tuple[str, ...] = ("completion_ids" if tokens_given else "completion",)
+    if set(PAIR) & given:
+        columns = PAIR
+    needed = {*columns} if columns == PAIR else {*columns, *objectives}
+    if missing := needed - given:
         raise ValueError(
             f"`{name}_dataset` has no column {min(missing)!r}, it has {dataset.column_names}; it "
-            "must have a column 'completion' or 'completion_ids', and one for each of the "
-            f"objectives {list(objectives)}"
+            f"must have {sorted(needed)}"
         )
+    if columns == PAIR and len(objectives) != 1:
+        raise ValueError(
+            f"pairs are of one objective, and the value model has {list(objectives)}; give one of "
+            "a single objective, or the base model"
+        )
+    rewards = (_preferences if columns == PAIR else _scores)(name, dataset, objectives)
     from_base = sampled_from(name, dataset, base_model)
-    log_probs: Any = dataset["log_probs"] if "log_probs" in dataset.column_names else []
+    log_probs: Any = dataset["log_probs"] if "log_probs" in given else []
     referred = np.linspace(0, len(dataset) - 1, REFERENCES, dtype=int)
-    scores = {}
-    for column in objectives:
-        if not _is_numeric(dataset, column):
-            raise ValueError(
-                f"the column {column!r} of `{name}_dataset` holds "
-                f"{dataset.features[column]}, an objective is numbers"
-            )
-        values = scores[column] = np.array(dataset[column], dtype=float)
-        if np.isnan(values).all():
-            raise ValueError(
-                f"`{name}_dataset` has no score in its column {column!r}: remove the column"
-            )
-        if np.isinf(values).any():
-            raise ValueError(
-                f"row {int(np.isinf(values).argmax())} of `{name}_dataset` has an infinite "
-                f"{column!r}; give a number, or None where it is not known"
-            )
     trees: dict[tuple[int, ...], Tree] = {}
     rows: dict[tuple[int, ...], list[int]] = {}
     cut, references = 0, []
-    prompts = dataset["prompt"] if "prompt" in dataset.column_names else [None] * len(dataset)
-    for row, (prompt, completion) in enumerate(zip(prompts, dataset[column_of_responses])):
-        try:
-            if tokens_given:
-                tokens = check_completion_ids(completion, len(tokenizer), eos_token_ids)
-            elif prompt is None:
-                raise ValueError("'completion' is text and 'prompt_ids' is not; give both as one")
-            else:
-                tokens = tokenize_completion(
-                    tokenizer, prompt, completion, prompt_ids[row], eos_token_ids, template_kwargs
-                )
-            if from_base and row in referred and len(log_probs) and log_probs[row] is not None:
-                if len(log_probs[row]) != len(tokens):
-                    raise ValueError(
-                        f"'log_probs' has {len(log_probs[row])} numbers for {len(tokens)} tokens"
-                    )
-                references.append((prompt_ids[row], tokens, log_probs[row]))
-        except ValueError as error:
-            raise ValueError(f"row {row} of `{name}_dataset`: {error}") from error
-        cut += len(tokens) > max_completion_length
+    prompts = dataset["prompt"] if "prompt" in given else [None] * len(dataset)
+    for row, (prompt, *completions) in enumerate(zip(prompts, *(dataset[c] for c in columns))):
         key = tuple(prompt_ids[row])
         tree = trees.setdefault(key, Tree(row, [Node(-1, 0, prompt_ids[row])]))
-        tree.nodes.append(Node(0, 1, tokens[:max_completion_length], leaf=True))
         rows.setdefault(key, []).append(row)
+        for column, completion in zip(columns, completions):
+            try:
+                if tokens_given:
+                    tokens = check_completion_ids(completion, len(tokenizer), eos_token_ids)
+                elif prompt is None:
+                    raise ValueError("it is text and 'prompt_ids' is not; give both as one")
+                else:
+                    tokens = tokenize_completion(
+                        tokenizer,
+                        prompt,
+                        completion,
+                        prompt_ids[row],
+                        eos_token_ids,
+                        template_kwargs,
+                    )
+                if from_base and row in referred and len(log_probs) and log_probs[row] is not None:
+                    if len(log_probs[row]) != len(tokens):
+                        raise ValueError(
+                            f"'log_probs' has {len(log_probs[row])} numbers for {len(tokens)} "
+                            "tokens"
+                        )
+                    references.append((prompt_ids[row], tokens, log_probs[row]))
+            except ValueError as error:
+                raise ValueError(f"row {row} of `{name}_dataset`, {column!r}: {error}") from error
+            cut += len(tokens) > max_completion_length
+            tree.nodes.append(Node(0, 1, tokens[:max_completion_length], leaf=True))
     for key, tree in trees.items():
-        tree.rewards = {c: np.r_[np.nan, values[rows[key]]] for c, values in scores.items()}
+        tree.rewards = {
+            c: np.r_[np.nan, values[rows[key]].flatten()] for c, values in rewards.items()
+        }
     if cut:
         logger.warning(
-            f"{cut} of the {len(dataset)} responses of `{name}_dataset` are longer than "
-            f"max_completion_length={max_completion_length} tokens: of these the first ones are "
-            "learnt from, with the score of the whole response"
+            f"{cut} of the {len(dataset) * len(columns)} responses of `{name}_dataset` are longer "
+            f"than max_completion_length={max_completion_length} tokens: of these the first tokens "
+            "are learnt from, with the score of the whole response"
         )
     return Responses(list(trees.values()), cut, from_base, references)
 
@@ -347,7 +424,9 @@ def write_rollouts(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
       token if it ended; or `prompt` and `completion`, both strings or both lists of messages
     - numbers or truth values in any other columns: its scores, by objective; `None` where one is
       not known
-    - `model`, optional: id or path of the model that sampled it, as the trainer has it
+    - `model`, optional: id or path of the model that sampled it, as the trainer has it. Where all
+      rows name the base model they are learnt from as sampled ones, with the trainer's
+      `temperature` and `top_k`; a row that names another is refused there
     - `log_probs`, optional: of its tokens, at temperature 1 over the whole vocabulary, as many as
       `completion_ids`
 

@@ -34,6 +34,7 @@ from trimtab.plugins.value_model import MAVISValueModel
 
 from .hidden_states import HeadDataset, cache_hidden_states, collate_rows
 from .pareto import interval, prompt_draws
+from .preferences import pair_loss, running_sums
 
 logger = logging.get_logger(__name__)
 
@@ -320,6 +321,35 @@ def head_loss(
     return loss
 
 
+def pairs_loss(
+    batch: dict[str, torch.Tensor], advantages: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """
+    [`pair_loss`] of every two responses of a batch, whose utility is the sum of the advantages of
+    their tokens, summed over the members of the ensemble.
+
+    A response's return less the prompt's value is that sum, and noise of mean 0. Tokens that are no
+    candidates add nothing, since guidance cannot choose them.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Of [`~trimtab.trainers.hidden_states.collate_rows`], of pairs.
+        advantages (`torch.Tensor`):
+            `[ensemble_size, n, k, 1]`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
+    """
+    depths = batch["depths"]
+    ends = batch["ends"].nonzero()[:, 0].view(-1, 2)
+    margins = batch["margins"][ends[:, 0]] if "margins" in batch else torch.zeros(len(ends))
+    loss = advantages.new_zeros(())
+    for member in advantages:
+        of_token, _, sampled = centred_advantages(batch, member, temperature)
+        utilities = running_sums(of_token[:, 0], sampled, depths)
+        loss = loss + pair_loss(utilities, ends, depths, margins.to(utilities))
+    return loss
+
+
 @torch.no_grad()
 def efficiency_sums(
     batch: dict[str, torch.Tensor],
@@ -587,7 +617,9 @@ class HeadTraining(TrainerCallback):
         """The loss of a batch, and the values; in evaluation its measures are added."""
         args = self.trainer.args
         values, advantages = read_heads(model, inputs, self.embedding)
-        if model.training:
+        if model.training and self.trainer._pairs:
+            loss = pairs_loss(inputs, advantages, args.temperature)
+        elif model.training:
             loss = head_loss(inputs, advantages, args.temperature, self.trainer.on_policy)
         else:
             loss = (

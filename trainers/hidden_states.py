@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from trimtab.plugins.hidden_states import OutputLayerInput
 
 from .packing import DataCollatorForTrees, pack_tree
-from .rollouts import Tree, read_trees
+from .rollouts import MARGIN, Tree, read_trees
 
 FORMAT = 1  # of the files
 TOLERANCE = 0.05  # relative, of a hidden state computed in its tree
@@ -332,6 +332,9 @@ class HeadDataset(Dataset):
                             values[:, i] = tree.values(name, kl_penalty * std[i])
                             known[:, i] = tree.known(name)
                     rows = tree_rows(tree, (values - mean) / std, known)
+                    if MARGIN in tree.rewards:  # at the preferred response's last token
+                        rows["margins"] = np.zeros(len(rows["tokens"]), dtype=np.float32)
+                        rows["margins"][rows["ends"]] = tree.rewards[MARGIN][tree.leaves()]
                     stop = start + len(rows["tokens"])
                     part = {name: tensor[start:stop] for name, tensor in stored.items()}
                     if known.any():

@@ -55,12 +55,14 @@ from .candidates import (
     candidate_differences,
 )
 from .data import (
+    PAIR,
     Responses,
     check_log_probs,
     read_responses,
     score_columns,
     store_responses,
     tokenize,
+    with_prompts,
 )
 from .fingerprints import identify, state_fingerprint, weights_fingerprint
 from .head_training import HELD_OUT, HeadMetrics, HeadTraining
@@ -68,6 +70,7 @@ from .hidden_states import collate_rows
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
+from .preferences import UTILITY_STD, pair_loss
 from .rewards import RewardLog, load_reward_funcs, reward_statistics
 from .rollouts import Tree, TreeConfig, collect_rollouts, read_rollouts, switch_policy
 from .run_state import (
@@ -163,6 +166,11 @@ class MAVISTrainer(Trainer):
             preference type it is that one. Remove the others, such as an id. A response that does
             not end gets an end-of-sequence token. One longer than `args.max_completion_length` is
             cut, and its first tokens are learnt from with the score of the whole response.
+
+            Or, without `reward_funcs`, TRL's preference type: `"chosen"` and `"rejected"`, with
+            their prompt in a column or in both, and optionally `"margin"`, in log-odds. The
+            objective is named `"preference"`. Its values are in standard deviations of the noise of
+            a judgement, `pi / sqrt(6)` log-odds: see [`~trimtab.trainers.preferences`].
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Dataset of prompts to evaluate on, with its own rollouts, sampled once. With several
             iterations it also scales the values and measures the policies. Without `reward_funcs`,
@@ -251,7 +259,12 @@ class MAVISTrainer(Trainer):
         self.base_model = base_model
         self._responses: dict[str, Responses] = {}  # by dataset, if they are there already
         columns = set(getattr(train_dataset, "column_names", None) or ())
-        self._of_data = reward_funcs is None and bool(columns & {"completion", "completion_ids"})
+        self._pairs = reward_funcs is None and bool(columns & set(PAIR))
+        self._of_data = self._pairs or (
+            reward_funcs is None and bool(columns & {"completion", "completion_ids"})
+        )
+        if self._pairs:
+            train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
         if self._of_data and args.num_iterations > 1:
             raise ValueError(
                 f"num_iterations={args.num_iterations} needs `reward_funcs`: later iterations "
@@ -419,7 +432,7 @@ class MAVISTrainer(Trainer):
             longest = context - args.max_completion_length
         prompt_ids = []
         for row, prompt in enumerate(dataset[column]):
-            if tokens_given:
+            if tokens_given or prompt is None:
                 ids = prompt or []
             elif not isinstance(prompt, str) and processing_class.chat_template is None:
                 raise ValueError(
@@ -632,7 +645,10 @@ class MAVISTrainer(Trainer):
                 "values are of what wrote them, and KL efficiency on such held-out responses is "
                 "the squared gain by two nats for the base model's own responses alone"
             )
-        mean, std = reward_statistics(trees["train"], self.objectives)
+        if self._pairs:
+            mean, std = np.zeros(1), np.full(1, UTILITY_STD)
+        else:
+            mean, std = reward_statistics(trees["train"], self.objectives)
         self.value_config.reward_mean = mean.tolist()
         self.value_config.reward_std = std.tolist()
         self._base_trees = trees
@@ -652,7 +668,9 @@ class MAVISTrainer(Trainer):
         within = "within a prompt"
         if self._responses:
             rollouts = self._responses["train"].describe()
-            if rollouts["prompts"] == rollouts["responses"]:
+            if self._pairs:
+                within = "of the noise of a judgement, in log-odds"
+            elif rollouts["prompts"] == rollouts["responses"]:
                 within = "of all responses"
         config.provenance = provenance(
             rollouts=rollouts,
@@ -722,6 +740,7 @@ class MAVISTrainer(Trainer):
             std=std,
             max_length=args.max_length,
             kl_penalty=args.kl_penalty,
+            pairs=self._pairs,
         )
         # The bottom layer of responses that are there already is all that there is.
         fraction = 1.0 if self._responses else args.leaf_fraction
@@ -1069,8 +1088,12 @@ class MAVISTrainer(Trainer):
         )
         values, labels = outputs.logits, inputs["labels"]
         known = ~labels.isnan()
-        # 0 where a batch knows nothing
-        loss = (values[known] - labels[known]).square().sum() / known.sum().clamp(min=1)
+        if self._pairs:
+            ends, depths = inputs["siblings"][:, 2:], inputs["depths"].flatten()
+            loss = pair_loss(values.flatten(), ends, depths, inputs["margins"])
+        else:
+            # 0 where a batch knows nothing
+            loss = (values[known] - labels[known]).square().sum() / known.sum().clamp(min=1)
         # Siblings at their first and at their last tokens
         first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
         tokens = inputs["input_ids"].flatten()

@@ -6,6 +6,7 @@ at the positions that it has in its own response. The label of a token is the va
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from .rollouts import Tree
+from .rollouts import MARGIN, Tree
 
 CANDIDATE_COLUMNS = ("candidate_positions", "candidates", "candidate_log_probs")
 
@@ -150,6 +151,16 @@ def pack_tree(
     return sequences
 
 
+def pack_pairs(tree: Tree, values: np.ndarray) -> list[dict[str, Any]]:
+    """A sequence of [`pack_tree`] for every two leaves of a tree of depth one, with `margins`."""
+    margins = tree.rewards.get(MARGIN, np.zeros(len(tree.nodes))).astype(np.float32)
+    sequences = []
+    for chosen, rejected in zip(tree.leaves()[::2], tree.leaves()[1::2]):
+        (sequence,) = pack_tree(tree, values, sys.maxsize, {chosen, rejected})
+        sequences.append({**sequence, "margins": margins[[chosen]]})
+    return sequences
+
+
 class TreeDataset(Dataset):
     """
     Training sequences of many trees.
@@ -171,6 +182,9 @@ class TreeDataset(Dataset):
             Chooses that fraction.
         kl_penalty (`float`, *optional*, defaults to `0.0`):
             What a nat of KL costs, in standardised rewards.
+        pairs (`bool`, *optional*, defaults to `False`):
+            Whether every two leaves of a tree are a pair, which is a sequence of its own, however
+            long; it has `margins`, `[1]` float32, too.
     """
 
     def __init__(
@@ -183,6 +197,7 @@ class TreeDataset(Dataset):
         leaf_fraction: float = 1.0,
         seed: int = 0,
         kl_penalty: float = 0.0,
+        pairs: bool = False,
     ) -> None:
         self.sequences: list[dict[str, Any]] = []
         for tree in trees:
@@ -192,8 +207,12 @@ class TreeDataset(Dataset):
                     values[:, i] = tree.values(name, kl_penalty * std[i])
             if np.isnan(values).all():  # no reward of any objective
                 continue
-            kept = keep_leaves(tree, leaf_fraction, seed)
-            packed = pack_tree(tree, (values - mean) / std, max_length, kept, kl_penalty)
+            values = (values - mean) / std
+            if pairs:
+                packed = pack_pairs(tree, values)
+            else:
+                kept = keep_leaves(tree, leaf_fraction, seed)
+                packed = pack_tree(tree, values, max_length, kept, kl_penalty)
             self.sequences += [{**sequence, "tree": tree.prompt_index} for sequence in packed]
 
     def __len__(self) -> int:
@@ -241,16 +260,19 @@ class DataCollatorForTrees:
             attention_mask = torch.zeros(attention_mask.shape).masked_fill(
                 ~attention_mask, torch.finfo(torch.float32).min
             )
-        candidates: dict[str, torch.Tensor] = {}
+        others: dict[str, torch.Tensor] = {}
         if "candidates" in sequences[0]:  # `add_candidates` was here
-            candidates = {
+            others = {
                 name: pad_sequence(
                     [torch.from_numpy(sequence[name]) for sequence in sequences], batch_first=True
                 )
                 for name in CANDIDATE_COLUMNS
             }
+        if "margins" in sequences[0]:  # of pairs
+            margins = np.concatenate([sequence["margins"] for sequence in sequences])
+            others["margins"] = torch.from_numpy(margins)
         return {
-            **candidates,
+            **others,
             "input_ids": input_ids,
             "position_ids": position_ids,
             "attention_mask": attention_mask,  # [batch, 1, length, length]

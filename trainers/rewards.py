@@ -398,6 +398,6 @@ def reward_statistics(
                 f"{total[i]:.6g}. Set `root_children` to 2 or more, or give data with several "
                 "responses to a prompt"
             )
-        logger.warning(f"reward function {name!r} {message}")
+        logger.warning(f"the reward {name!r} {message}")
         std[i] = total[i] if total[i] > least[i] else 1.0
     return mean, std

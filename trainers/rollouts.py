@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+MARGIN = "margin of a pair"  # among the rewards, at the preferred response of pairs that have one
 FORMAT = 2  # of the files; 1 did not tell base models by their weights
 
 

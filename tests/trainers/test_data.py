@@ -1,7 +1,13 @@
 """Responses that are there already: from a file to a steered response."""
 
+import importlib.util
 import json
 import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +19,18 @@ from transformers.utils import logging as transformers_logging
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import MAVISTrainer, read_rollouts, write_rollouts
-from trimtab.trainers.head_training import efficiency_sums, fit_values, head_loss
+from trimtab.trainers.head_training import (
+    centred_advantages,
+    efficiency_sums,
+    fit_values,
+    head_loss,
+    pairs_loss,
+)
 from trimtab.trainers.hidden_states import collate_rows, tree_rows
-from trimtab.trainers.packing import TreeDataset
+from trimtab.trainers.packing import DataCollatorForTrees, TreeDataset
+from trimtab.trainers.preferences import UTILITY_STD, pair_loss
 from trimtab.trainers.rewards import reward_statistics
-from trimtab.trainers.rollouts import Node, Tree
+from trimtab.trainers.rollouts import MARGIN, Node, Tree
 from trimtab.trainers.samplers import prompt_log_probs
 
 from .conftest import END, VOCABULARY, WORDS, make_tokenizer
@@ -82,6 +95,39 @@ def mean_goodness(base_model, folder, tokenizer, weights):
     )
 
 
+def mean_goodness_in_vllm(base_model, folder):
+    """Of responses that vLLM samples without guidance, towards "good" and away from it."""
+    program = f"""
+        import json
+        import numpy as np
+        from vllm import LLM, SamplingParams
+        from trainers.conftest import make_tokenizer
+        from trainers.test_head_training import goodness
+        llm = LLM(
+            {str(base_model)!r}, dtype="float32", enforce_eager=True, max_model_len=64, seed=0,
+            logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],
+            additional_config={{"mavis": {{"value_models": [{str(folder)!r}], "beta": 4}}}},
+        )
+        prompt = {{"prompt_token_ids": make_tokenizer()("a b").input_ids}}
+        found = []
+        for weight in (0, 1, -1):
+            asked = {{"mavis_weights": {{"good": weight}}}} if weight else {{}}
+            params = SamplingParams(max_tokens=12, top_k=18, extra_args=asked)
+            outputs = llm.generate([prompt] * 200, params, use_tqdm=False)
+            found.append(np.mean(goodness([output.outputs[0].text for output in outputs])))
+        print("means", json.dumps(found))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.split("means ")[1])
+
+
 @pytest.fixture
 def warnings():
     """What is warned of, by whatever logger."""
@@ -111,6 +157,9 @@ def test_scores_in_a_file_train_values_that_guide(base_model, tokenizer, tmp_pat
     plain = mean_goodness(base_model, tmp_path, tokenizer, {})
     assert mean_goodness(base_model, tmp_path, tokenizer, {"good": 1.0}) > plain + 0.3
     assert mean_goodness(base_model, tmp_path, tokenizer, {"bad": 1.0}) < plain - 0.3
+    if head_type == "hidden" and importlib.util.find_spec("vllm"):
+        unguided, towards, away = mean_goodness_in_vllm(base_model, tmp_path)
+        assert towards > unguided + 0.3 and away < unguided - 0.3
     saved = MAVISValueModel.load(str(tmp_path)).config
     assert saved.provenance["rollouts"]["source"] == "data"
     assert saved.provenance["rollouts"]["responses"] == 360
@@ -197,14 +246,16 @@ TURN = {"role": "assistant", "content": "good"}
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([ROW, {**ROW, "completion": "good"}], "row 1 of `train_dataset`: the tokens of the prompt "
-         "are not those .* Move the space between them to the beginning of the completion"),
+        ([ROW, {**ROW, "completion": "good"}], "row 1 of `train_dataset`, 'completion': the tokens "
+         "of the prompt are not those .* Move the space between them to the beginning of the"),
         ([{**ROW, "completion": " <end> good"}], "row 0 of .*'good' follows the end-of-sequence"),
         ([{**ROW, "x": float("inf")}], "row 0 of `train_dataset` has an infinite 'x'"),
         ([{**ROW, "y": float("nan")}], "has no score in its column 'y'"),
         ([{**ROW, "x": "1"}], "no column of numbers to learn from"),
         ([{**ROW, "prompt": [TURN]}], "must both be strings or both lists of messages"),
-        ([{**ROW, "prompt": [TURN], "completion": [TURN, TURN]}], "'completion' has 2 messages"),
+        ([{**ROW, "prompt": [TURN], "completion": [TURN, TURN]}], "the response has 2 messages"),
+        ([ROW, {**ROW, "completion": None}], "row 1 of .* must both be strings or both lists"),
+        ([ROW, {**ROW, "prompt": None}], "row 1 of `train_dataset` has a prompt of 0 tokens"),
         ([{**ROW, "prompt": ""}], "row 0 of `train_dataset` has a prompt of 0 tokens"),
     ],
 )  # fmt: skip
@@ -523,9 +574,185 @@ def test_damaged_files_are_named(tmp_path):
     [
         ({**LINE, "completion_ids": [99]}, "row 0 of .*has the token 99, the base model's tokeniz"),
         ({**LINE, "completion_ids": [0, 5]}, "row 0 of .*goes on after an end-of-sequence token"),
-        ({"prompt_ids": [4], "completion": " a", "x": 1.0}, "'completion' is text and 'prompt_ids"),
+        ({"prompt_ids": [4], "completion": " a", "x": 1.0}, "it is text and 'prompt_ids' is not"),
     ],
 )
 def test_tokens_that_are_no_response_are_named(base_model, tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         trainer(base_model, tmp_path, Dataset.from_list([row]))
+
+
+def paired(count, offset=0, seed=0, each=4):
+    """Pairs of responses, of which the better one is preferred."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt in prompts(count, offset)["prompt"]:
+        for _ in range(each):
+            both = sorted((response(rng) for _ in range(2)), key=lambda text: goodness([text]))
+            if goodness([both[0]]) < goodness([both[1]]):
+                rows.append({"prompt": prompt, "chosen": both[1], "rejected": both[0]})
+    return rows
+
+
+def implicit(rows):
+    """With the prompt in both responses."""
+    return [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("head_type", "of"), [("hidden", list), ("state", list), ("hidden", implicit)]
+)
+def test_pairs_in_a_file_train_values_that_guide(base_model, tokenizer, tmp_path, head_type, of):
+    fields = {"hidden": FIELDS, "state": {"num_train_epochs": 8, "top_k": 18}}[head_type]
+    fields = {**fields, "head_type": head_type}
+    held_out = Dataset.from_list(paired(20, 5, seed=1))
+    made = trainer(base_model, tmp_path, from_file(tmp_path, of(paired(60))), held_out, **fields)
+    made.train()
+    made.save_model()
+    assert made.objectives == ["preference"]
+    assert made.value_config.reward_std == [UTILITY_STD]
+    plain = mean_goodness(base_model, tmp_path, tokenizer, {})
+    assert mean_goodness(base_model, tmp_path, tokenizer, {"preference": 1.0}) > plain + 0.3
+    assert mean_goodness(base_model, tmp_path, tokenizer, {"preference": -1.0}) < plain - 0.3
+    assert "of the noise of a judgement" in (tmp_path / "README.md").read_text()
+
+
+def test_implicit_prompts_are_those_in_a_column(base_model, tmp_path):
+    rows = paired(6)
+    found = [
+        trainer(base_model, tmp_path, Dataset.from_list(x))._responses["train"].trees
+        for x in (rows, implicit(rows))
+    ]
+    # Unless both responses begin alike, which then is the prompt's.
+    alike = [[t.nodes for t in trees if len(t.nodes[0].tokens) == 2] for trees in found]
+    assert len(alike[1]) > 3 and all(nodes[0] in [x[0] for x in alike[0]] for nodes in alike[1])
+
+
+def test_a_pair_that_is_turned_round_is_trained_on_anew(base_model, tmp_path):
+    fields, rows = {**FIELDS, "num_train_epochs": 1}, paired(12)
+    first = trainer(base_model, tmp_path / "run", Dataset.from_list(rows), **fields)
+    first.train()
+    folder = tmp_path / "run" / "rollouts" / "train"
+    rows[3] = {**rows[3], "margin": 1.0}
+    rows = [{"margin": 0.0, **row} for row in rows]
+    margin = trainer(base_model, tmp_path / "run", Dataset.from_list(rows), **fields)
+    read = [path.stat().st_mtime_ns for path in folder.glob("*.hidden.*")]
+    margin.train()
+    assert read == [path.stat().st_mtime_ns for path in folder.glob("*.hidden.*")]
+    rows[3]["chosen"], rows[3]["rejected"] = rows[3]["rejected"], rows[3]["chosen"]
+    turned = trainer(base_model, tmp_path / "run", Dataset.from_list(rows), **fields)
+    turned.train()
+    alone = trainer(base_model, tmp_path / "alone", Dataset.from_list(rows), **fields)
+    alone.train()
+    weights = [
+        torch.cat([x.flatten() for x in made.model.state_dict().values()])
+        for made in (first, margin, turned)
+    ]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    torch.testing.assert_close(alone.model.state_dict(), turned.model.state_dict(), rtol=0, atol=0)
+
+
+def pairs_of_trees(margins=True):
+    trees = random_trees(4, seed=3)
+    for tree in trees:
+        del tree.nodes[-1]  # two pairs are left
+        tree.rewards = {"preference": np.array([np.nan, 2.0, -2.0, 2.0, -2.0])}
+        if margins:
+            tree.rewards[MARGIN] = np.array([np.nan, 0.3 + tree.prompt_index, 0, 0.7, 0])
+    return trees
+
+
+def naive_pair_loss(trees, value, margins):
+    """`value(tree, leaf, depth)` of a response's first tokens."""
+    losses = []
+    for tree in trees:
+        for a, b in zip(tree.leaves()[::2], tree.leaves()[1::2]):
+            lengths = [len(tree.response(leaf)) for leaf in (a, b)]
+            margin = tree.rewards[MARGIN][a] if margins else 0.0
+            odds = UTILITY_STD * (value(tree, a, lengths[0]) - value(tree, b, lengths[1])) - margin
+            along = [
+                np.log1p(np.exp(UTILITY_STD * (value(tree, b, d) - value(tree, a, d))))
+                for d in range(1, min(lengths) + 1)
+            ]
+            losses.append((np.log1p(np.exp(-odds)) + np.mean(along)) / 2)
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("margins", [False, True])
+def test_loss_of_heads_is_that_of_sums_of_advantages(margins):
+    trees = pairs_of_trees(margins)
+    items = items_of(trees, ["preference"])
+    for item, tree in zip(items, trees):
+        if margins:
+            item["margins"] = np.zeros(len(item["tokens"]), dtype=np.float32)
+            item["margins"][item["ends"]] = tree.rewards[MARGIN][1:]
+    batch = collate_rows(items)
+    advantages = torch.randn(2, len(batch["tokens"]), 7, 1)
+    starts = np.cumsum([0, *(len(item["tokens"]) for item in items)])
+    expected = 0.0
+    for member in advantages:
+        of_token, _, sampled = centred_advantages(batch, member)
+        used = torch.where(sampled, of_token[:, 0], 0.0).numpy()
+
+        def value(tree, leaf, depth):
+            first = starts[tree.prompt_index] + 1
+            first += sum(len(node.tokens) for node in tree.nodes[1:leaf])
+            return used[first : first + depth].sum()  # noqa: B023
+
+        expected += naive_pair_loss(trees, value, margins)
+    assert pairs_loss(batch, advantages).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("margins", [False, True])
+def test_loss_of_a_state_head_is_that_of_values_along_both(margins):
+    trees = pairs_of_trees(margins)
+    packed = TreeDataset(
+        trees, ["preference"], np.zeros(1), np.ones(1), max_length=4, leaf_fraction=0.0, pairs=True
+    )
+    assert len(packed) == 8
+    batch = DataCollatorForTrees(0)(packed.sequences)
+    table = torch.randn(20)  # a value that depends on the token and its depth
+    values = table[batch["input_ids"]] * (1 + batch["depths"])
+
+    def value(tree, leaf, depth):
+        return float(table[tree.nodes[leaf].tokens[depth - 1]] * (1 + depth))
+
+    ends, depths = batch["siblings"][:, 2:], batch["depths"].flatten()
+    loss = pair_loss(values.flatten(), ends, depths, batch["margins"])
+    assert loss.item() == pytest.approx(naive_pair_loss(trees, value, margins), rel=1e-5)
+
+
+def test_values_of_pairs_are_in_deviations_of_what_decides_them():
+    """Pairs that a score decides without noise, of which a fifth of the variance is foreseen."""
+    generator = torch.Generator().manual_seed(0)
+    seen, unseen = torch.randn(2, 40_000, 2, generator=generator)
+    score = 0.2**0.5 * seen + 0.8**0.5 * unseen  # of standard deviation 1
+    seen = torch.where(score[:, :1] > score[:, 1:], seen, seen.flip(1)) * 0.2**0.5
+    ends = torch.arange(80_000).view(-1, 2)
+    depths, margins = torch.ones(80_000, dtype=torch.int64), torch.zeros(40_000)
+    slopes = torch.linspace(0.5, 1.6, 111)
+    losses = [pair_loss(slope * seen.flatten(), ends, depths, margins) for slope in slopes]
+    assert slopes[int(torch.stack(losses).argmin())] == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "chosen": " b"}], "has no column 'rejected'"),
+        ([{"prompt": "a", "chosen": " b", "rejected": "c"}], "row 0 of .*, 'rejected': the tokens"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " c", "margin": "1"}], "'margin' of .* must"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " c", "margin": x} for x in (1.0, None)],
+         "row 1 of `train_dataset` has no finite 'margin'"),
+    ],
+)  # fmt: skip
+def test_pairs_that_cannot_be_learnt_from_are_named(base_model, tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(base_model, tmp_path, Dataset.from_list(rows))
+
+
+def test_pairs_are_of_one_objective(base_model, tmp_path):
+    model = MAVISValueModel.from_base_model(
+        base_model, ["one", "two"], num_hidden_layers=1, tokenizer=make_tokenizer()
+    )
+    with pytest.raises(ValueError, match=r"pairs are of one objective, .* \['one', 'two'\]"):
+        trainer(model, tmp_path, Dataset.from_list(paired(3)))
