@@ -300,9 +300,9 @@ def read_responses(
         name (`str`):
             Of the dataset, for messages.
         dataset ([`~datasets.Dataset`]):
-            With the columns of [`write_rollouts`], of which those of the objectives are learnt; or
-            with `"prompt"`, `"chosen"`, `"rejected"` and, optional, `"margin"`, in log-odds, and
-            `"model"`.
+            With the columns of [`write_rollouts`], of which those of the objectives are learnt;
+            rows of which none is known are left out. Or with `"prompt"`, `"chosen"`, `"rejected"`
+            and, optional, `"margin"`, in log-odds, and `"model"`.
         objectives (`list[str]`):
             Columns to learn.
         prompt_ids (`list[list[int]]`):
@@ -346,7 +346,10 @@ def read_responses(
     rows: dict[tuple[int, ...], list[int]] = {}
     cut, references = 0, []
     prompts = dataset["prompt"] if "prompt" in given else [None] * len(dataset)
+    told = ~np.isnan(np.stack(list(rewards.values()))).all((0, 2))
     for row, (prompt, *completions) in enumerate(zip(prompts, *(dataset[c] for c in columns))):
+        if not told[row]:
+            continue
         key = tuple(prompt_ids[row])
         tree = trees.setdefault(key, Tree(row, [Node(-1, 0, prompt_ids[row])]))
         rows.setdefault(key, []).append(row)
@@ -380,9 +383,14 @@ def read_responses(
         tree.rewards = {
             c: np.r_[np.nan, values[rows[key]].flatten()] for c, values in rewards.items()
         }
+    if not told.all():
+        logger.warning(
+            f"{(~told).sum()} of the {len(dataset)} rows of `{name}_dataset` have no score of any "
+            "objective and are left out"
+        )
     if cut:
         logger.warning(
-            f"{cut} of the {len(dataset) * len(columns)} responses of `{name}_dataset` are longer "
+            f"{cut} of the {told.sum() * len(columns)} responses of `{name}_dataset` are longer "
             f"than max_completion_length={max_completion_length} tokens: of these the first tokens "
             "are learnt from, with the score of the whole response"
         )

@@ -188,8 +188,8 @@ def test_labels_of_unpaired_preferences_are_an_objective(base_model, tokenizer, 
 
 def test_responses_to_a_prompt_are_a_tree_of_depth_one(base_model, tokenizer, tmp_path, warnings):
     rows = [
-        {"prompt": "a b", "completion": " good red", "x": 1.0, "note": "n"},
-        {"prompt": "c d", "completion": " bad", "x": None, "note": "n"},
+        {"prompt": "a b", "completion": " good red", "x": 1.0, "y": None, "note": "n"},
+        {"prompt": "c d", "completion": " bad", "x": None, "y": 1.0, "note": "n"},
         {"prompt": "a b", "completion": " red <end>", "x": 3.0, "note": "n"},
         {"prompt": "c d", "completion": " a b c d e f", "x": 5.0, "note": "n"},
     ]
@@ -209,10 +209,10 @@ def test_responses_to_a_prompt_are_a_tree_of_depth_one(base_model, tokenizer, tm
     assert all(node.leaf and node.parent == 0 for node in (*first.nodes[1:], *second.nodes[1:]))
     np.testing.assert_array_equal(first.rewards["x"], [np.nan, 1, 3])
     np.testing.assert_array_equal(second.rewards["x"], [np.nan, np.nan, 5])
-    assert made.value_config.reward_mean == [3.5]  # of the prompts' means, 2 and 5
-    assert made.value_config.reward_std == pytest.approx([2**0.5])  # of 1 and 3
+    assert made.value_config.reward_mean == [3.5, 1.0]  # of the prompts' means, 2 and 5
+    assert made.value_config.reward_std == pytest.approx([2**0.5, 1.0])  # of 1 and 3
     labels = [sequence["labels"] for sequence in made.train_dataset.sequences]
-    assert sum((~np.isnan(label)).sum() for label in labels) == 1 + 3 + 2 + 1 + 4
+    assert sum((~np.isnan(label)).sum() for label in labels) == 1 + 3 + 2 + 1 + 4 + 1 + 2
 
 
 def test_conversations_end_where_the_model_would_end_them(base_model, tmp_path):
@@ -420,6 +420,24 @@ def test_off_policy_loss_is_the_squared_error_of_candidates():
             errors.append((value - target) ** 2 - target**2)
         expected += np.mean(errors)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_tokens_that_guidance_cannot_choose_teach_nothing():
+    batch = collate_rows(items_of(random_trees(2), ["one"]))
+    batch["excess"], batch["candidates"] = batch["labels"], batch["candidates"] + 100
+    advantages = torch.randn(1, len(batch["tokens"]), 7, 1, requires_grad=True)
+    loss = head_loss(batch, advantages, on_policy=False)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, advantages)[0].any()
+
+
+def test_responses_without_a_score_are_left_out(base_model, tmp_path, warnings):
+    rows = [{"prompt": "a b", "completion": f" {c}", "x": x, "y": y}
+            for c, x, y in (("c", None, None), ("d", 1.0, None), ("e", None, 2.0))]  # fmt: skip
+    made = trainer(base_model, tmp_path, Dataset.from_list(rows))
+    (tree,) = made._responses["train"].trees
+    np.testing.assert_array_equal(tree.rewards["x"], [np.nan, 1, np.nan])
+    np.testing.assert_array_equal(tree.rewards["y"], [np.nan, np.nan, 2])
+    assert "1 of the 3 rows of `train_dataset` have no score" in warnings[0]
 
 
 def test_what_another_policy_prefers_is_not_exaggerated():
