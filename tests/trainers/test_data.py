@@ -357,7 +357,8 @@ def items_of(trees, names, seed=0):
     items = []
     for tree in trees:
         values = np.stack([tree.values(name) for name in names], axis=-1)
-        rows = tree_rows(tree, values)
+        known = np.stack([tree.known(name) for name in names], axis=-1)
+        rows = tree_rows(tree, values, known)
         t = rows["tokens"]
         read = {"hidden": hidden[t], "candidates": candidates[t], "log_probs": log_probs[t]}
         items.append({**rows, **read, "tree": tree.prompt_index})
@@ -379,7 +380,7 @@ def test_unknown_scores_count_as_if_their_responses_were_not_there():
     weights, values = fit_values(whole, read)
     # Of a tree whose responses are fewer each counts for more: here as in the whole one.
     for item, part in zip(alone, parts):
-        item["reach"][1:] *= len(part.leaves()) / 5
+        item["reach"] *= len(part.leaves()) / 5
     expected, of_alone = fit_values(alone, read)
     torch.testing.assert_close(weights[:, [1]], expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(values[0][0, 1], of_alone[0][0, 0], rtol=1e-3, atol=1e-4)
