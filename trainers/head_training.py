@@ -256,8 +256,36 @@ def add_excess(items: Sequence[dict[str, Any]], gae_lambda: float) -> None:
         item["excess"] = returns - baseline[batch["previous"]]
 
 
+def sampled_shares(
+    log_probs: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0
+) -> torch.Tensor:
+    """
+    Probabilities that candidates are sampled with.
+
+    Args:
+        log_probs (`torch.Tensor`):
+            The base model's, `[..., k]`; with `top_p` below 1, likeliest first.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
+
+    Returns:
+        `torch.Tensor`: `[..., k]`, which sum to 1.
+    """
+    shares = torch.softmax(log_probs / temperature, dim=-1)
+    if top_p == 1:
+        return shares
+    before = shares.cumsum(-1) - shares
+    shares = shares.masked_fill(before >= top_p, 0.0)
+    return shares / shares.sum(-1, keepdim=True)
+
+
 def centred_advantages(
-    batch: dict[str, torch.Tensor], advantages: torch.Tensor, temperature: float = 1.0
+    batch: dict[str, torch.Tensor],
+    advantages: torch.Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Of every sampled token, its advantage and the variance of those of the candidates.
@@ -269,13 +297,15 @@ def centred_advantages(
             `A(s, a)` of the candidates after every token, `[n, k, n_objectives]`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of the sampling.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
 
     Returns:
         `tuple`: `A` centred under the base model, and its variance, `[n, n_objectives]` each; and
         which rows are tokens that were sampled among the candidates, `[n]` bool. By rounding, one
         on the edge may not be.
     """
-    weights = torch.softmax(batch["log_probs"] / temperature, dim=-1)[..., None]
+    weights = sampled_shares(batch["log_probs"], temperature, top_p)[..., None]
     centred = advantages - (weights * advantages).sum(1, keepdim=True)
     variances = (weights * centred.square()).sum(1)
     previous = batch["previous"]
@@ -288,6 +318,7 @@ def head_loss(
     batch: dict[str, torch.Tensor],
     advantages: torch.Tensor,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     on_policy: bool = True,
 ) -> torch.Tensor:
     """
@@ -307,12 +338,14 @@ def head_loss(
             `[ensemble_size, n, k, n_objectives]`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of the sampling.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
         on_policy (`bool`, *optional*, defaults to `True`):
             Whether the tokens were sampled from the policy that `log_probs` are of.
     """
     loss = advantages.new_zeros(())
     for member in advantages:
-        of_token, variances, sampled = centred_advantages(batch, member, temperature)
+        of_token, variances, sampled = centred_advantages(batch, member, temperature, top_p)
         squares = variances if on_policy else of_token.square()
         # What is not known is left out before it is multiplied: its gradient would be NaN.
         known = sampled[:, None] & ~batch["excess"].isnan()
@@ -356,6 +389,7 @@ def efficiency_sums(
     values: torch.Tensor,
     advantages: torch.Tensor,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     on_policy: bool = True,
 ) -> torch.Tensor:
     """
@@ -370,6 +404,8 @@ def efficiency_sums(
             `A` of the candidates there, `[n, k, n_objectives]`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Of the sampling.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Of the sampling.
         on_policy (`bool`, *optional*, defaults to `True`):
             See [`head_loss`].
 
@@ -379,7 +415,7 @@ def efficiency_sums(
         (not NaN); NaN of objectives of which none is.
     """
     labels, trees = batch["labels"].double(), batch["trees"]
-    of_token, variances, sampled = centred_advantages(batch, advantages, temperature)
+    of_token, variances, sampled = centred_advantages(batch, advantages, temperature, top_p)
     squares = variances if on_policy else of_token.square()
     used = sampled[:, None] * batch["reach"].double()
     excess = labels - batch["baseline"][batch["previous"]].double()
@@ -620,7 +656,8 @@ class HeadTraining(TrainerCallback):
         if model.training and self.trainer._pairs:
             loss = pairs_loss(inputs, advantages, args.temperature)
         elif model.training:
-            loss = head_loss(inputs, advantages, args.temperature, self.trainer.on_policy)
+            sampling = (args.temperature, args.top_p, self.trainer.on_policy)
+            loss = head_loss(inputs, advantages, *sampling)
         else:
             loss = (
                 (values - inputs["labels"]).square().nanmean()
@@ -633,8 +670,8 @@ class HeadTraining(TrainerCallback):
         self, batch: dict[str, torch.Tensor], values: torch.Tensor, advantages: torch.Tensor
     ) -> torch.Tensor:
         trainer = self.trainer
-        temperature, on_policy = trainer.args.temperature, trainer.on_policy
-        return efficiency_sums(batch, values, advantages.mean(0), temperature, on_policy)
+        sampling = (trainer.args.temperature, trainer.args.top_p, trainer.on_policy)
+        return efficiency_sums(batch, values, advantages.mean(0), *sampling)
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:

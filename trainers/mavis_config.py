@@ -92,6 +92,10 @@ class MAVISConfig(TrainingArguments):
             among. Guidance chooses among the base model's `top_k` likeliest tokens, so that its
             reference policy is the base model with this `top_k`. If `0`, all tokens are sampled
             from.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Of the `top_k` tokens, the likeliest that have this probability together are sampled
+            from. Guidance does not follow it, unless a request asks for the same: leave it at 1,
+            which samples from all, to learn what is served. One iteration only.
         rollout_dir (`str`, *optional*):
             Where the rollouts are stored as Parquet. An interrupted collection resumes there. If
             `None`, it defaults to `"rollouts"` in `output_dir`.
@@ -318,6 +322,13 @@ class MAVISConfig(TrainingArguments):
             "are sampled from."
         },
     )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Of the `top_k` tokens, the likeliest that have this probability together are "
+            "sampled from. If `1.0`, all are. One iteration only."
+        },
+    )
     rollout_dir: str | None = field(
         default=None,
         metadata={
@@ -435,6 +446,13 @@ class MAVISConfig(TrainingArguments):
             raise ValueError("`log_completions` needs rich: pip install rich")
         if self.top_k < 0:
             raise ValueError(f"`top_k` must not be negative, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}")
+        if self.top_p < 1 and self.num_iterations > 1:
+            raise ValueError(
+                "`top_p` must be 1 with several iterations, whose KL is that of the policy over "
+                f"all candidates; got {self.top_p}"
+            )
         if not self.beta > 0:
             raise ValueError(f"`beta` must be positive, got {self.beta}")
         if self.kl_penalty is None:

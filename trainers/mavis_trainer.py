@@ -289,6 +289,7 @@ class MAVISTrainer(Trainer):
             children=args.children,
             temperature=args.temperature,
             top_k=args.top_k,
+            top_p=args.top_p,
             seed=args.seed,
         )
         self._sampler: Any = None

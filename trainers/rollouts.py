@@ -53,6 +53,8 @@ class TreeConfig:
             Temperature for sampling.
         top_k (`int`, *optional*, defaults to `40`):
             Number of likeliest tokens to sample from; 0 samples from all.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Of those, the likeliest that have this probability together; 1 samples from all.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the split points and of the sampling.
     """
@@ -63,6 +65,7 @@ class TreeConfig:
     children: int = 2
     temperature: float = 1.0
     top_k: int = 40
+    top_p: float = 1.0
     seed: int = 42
 
 
@@ -420,12 +423,15 @@ def collect_rollouts(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    shape = asdict(config)
+    if config.top_p == 1:  # folders may be older than it
+        del shape["top_p"]
     claim_folder(
         folder,
         {
             "format": FORMAT,
             **identity,
-            **asdict(config),
+            **shape,
             "batch_size": batch_size,
             "prompts": hashlib.sha256(json.dumps(list(prompt_ids)).encode()).hexdigest(),
         },

@@ -30,7 +30,6 @@ logger = logging.get_logger(__name__)
 
 # What vLLM would else take from the checkpoint's generation config or a server's defaults
 NEUTRAL: dict[str, Any] = {
-    "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -124,7 +123,7 @@ class VLLMSampler:
         model (`str`):
             Model id or path.
         config (`TreeConfig`):
-            Temperature and top-k.
+            Temperature, top-k and top-p.
         eos_token_ids (`set[int]`):
             Tokens that end a response.
         max_model_len (`int`):
@@ -211,6 +210,7 @@ class VLLMSampler:
             SamplingParams(
                 temperature=self.config.temperature,
                 top_k=self.config.top_k,
+                top_p=self.config.top_p,
                 **NEUTRAL,
                 max_tokens=length,
                 seed=seed,
@@ -263,7 +263,7 @@ class ServerSampler:
         base_urls (`str` or `list[str]`):
             URLs of the servers, for example `"http://localhost:8000"`.
         config (`TreeConfig`):
-            Temperature and top-k.
+            Temperature, top-k and top-p.
         eos_token_ids (`set[int]`):
             Tokens that end a response.
         reference (`tuple[list[int], list[float]]`, *optional*):
@@ -424,6 +424,7 @@ class ServerSampler:
             extra_body={
                 **NEUTRAL,
                 "top_k": self.config.top_k,
+                "top_p": self.config.top_p,
                 "stop_token_ids": self.eos_token_ids,
                 "return_token_ids": True,
             },
@@ -461,7 +462,7 @@ class TransformersSampler:
         model (`PreTrainedModel` or `str`):
             A causal decoder, or its id or path.
         config (`TreeConfig`):
-            Temperature and top-k.
+            Temperature, top-k and top-p.
         eos_token_ids (`set[int]`):
             Tokens that end a response.
         value_models (`list[str]`, *optional*):
@@ -559,7 +560,7 @@ class TransformersSampler:
                 do_sample=True,
                 temperature=self.config.temperature,
                 top_k=self.config.top_k,
-                top_p=1.0,
+                top_p=self.config.top_p,
                 max_new_tokens=length,
                 eos_token_id=sorted(self.eos_token_ids),
                 pad_token_id=pad,

@@ -398,7 +398,7 @@ def test_measures_are_those_of_the_known_responses(on_policy):
     for items, i in ((whole, slice(0, 2)), (alone, slice(1, 2))):
         batch = collate_rows(items)
         values, advantages = batch["labels"].nan_to_num() * 0, table[batch["tokens"]][..., i]
-        sums.append(efficiency_sums(batch, values, advantages, 1.0, on_policy).numpy())
+        sums.append(efficiency_sums(batch, values, advantages, on_policy=on_policy).numpy())
     np.testing.assert_allclose(sums[0][..., [1]], sums[1], rtol=1e-6)
 
 
@@ -456,7 +456,7 @@ def test_what_another_policy_prefers_is_not_exaggerated():
     for on_policy in (True, False):
         advantages = torch.zeros(2, 1, requires_grad=True)
         for _ in range(500):
-            loss = head_loss(batch, advantages.expand(1, 3, 2, 1), 1.0, on_policy)
+            loss = head_loss(batch, advantages.expand(1, 3, 2, 1), on_policy=on_policy)
             advantages.data -= 0.1 * torch.autograd.grad(loss, advantages)[0]
         found[on_policy] = (advantages[0] - advantages[1]).item()
     assert 0 < found[False] < 2 < found[True]

@@ -31,6 +31,7 @@ from trimtab.trainers.head_training import (
     efficiency_sums,
     fit_values,
     lambda_returns,
+    sampled_shares,
 )
 from trimtab.trainers.hidden_states import (
     HeadDataset,
@@ -128,6 +129,18 @@ def test_returns_are_means_over_the_responses_that_have_a_reward(trees):
         assert rows["reach"][0, 0] == pytest.approx(tree.shares()[leaves].sum())
         ends = rows["ends"] & ~np.isnan(rows["labels"][:, 0])
         assert rows["reach"][ends, 0].sum() == pytest.approx(rows["reach"][0, 0])
+
+
+def test_advantages_are_centred_under_what_is_sampled():
+    log_probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for top_p, expected in (
+        (1.0, [0.5, 0.3, 0.15, 0.05]),
+        (0.81, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (0.79, [0.625, 0.375, 0, 0]),
+        (0.1, [1, 0, 0, 0]),
+    ):
+        found = sampled_shares(log_probs, top_p=top_p)
+        torch.testing.assert_close(found, torch.tensor([expected]).float())
 
 
 def test_an_unknown_reward_leaves_the_regression_and_the_measures_alone(trees):

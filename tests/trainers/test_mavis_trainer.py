@@ -457,6 +457,8 @@ class TestBadInput:
             {"head_type": "none"},
             {"head_type": "action"},
             {"action_rank": 0},
+            {"top_p": 0.0},
+            {"top_p": 0.9, "top_k": 18, "num_iterations": 2},
         ],
     )
     def test_config(self, tmp_path, field):

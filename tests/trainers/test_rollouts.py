@@ -301,6 +301,10 @@ def test_changed_reward_function_scores_the_stored_rollouts_again(tmp_path, toke
             {"config": TreeConfig(max_completion_length=12, layers=2, seed=1)},
             "seed was 42 and is 1",
         ),
+        (
+            {"config": TreeConfig(max_completion_length=12, layers=2, top_p=0.5)},
+            "top_p was None and is 0.5",
+        ),
         ({"prompts": ["a z", *PROMPTS[1:]]}, "prompts was"),
     ],
 )

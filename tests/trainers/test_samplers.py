@@ -149,8 +149,9 @@ def check_continuations(sampler, config):
     assert sampler(prefixes, lengths, [seed + 100 for seed in seeds]) != pieces
 
 
-def check_frequencies(sampler, model, top_k):
-    """First tokens follow the model's own distribution over its `top_k` likeliest."""
+def check_frequencies(sampler, model, top_k, top_p=1.0):
+    """First tokens follow the model's own distribution over its `top_k` likeliest, and of those
+    over the fewest that have the probability `top_p` together."""
     import torch
 
     prefix = [2, 5, 8, 3]
@@ -161,6 +162,11 @@ def check_frequencies(sampler, model, top_k):
     probabilities = torch.zeros_like(logits)
     likeliest = logits.topk(top_k or len(logits)).indices
     probabilities[likeliest] = logits[likeliest].softmax(-1)
+    taken = 0.0
+    for token in likeliest:
+        probability = float(probabilities[token])
+        probabilities[token] *= taken < top_p
+        taken += probability
     observed = np.bincount([piece.tokens[0] for piece in pieces], minlength=len(logits))
     possible = probabilities.numpy() > 0
     assert observed[~possible].sum() == 0
@@ -168,14 +174,14 @@ def check_frequencies(sampler, model, top_k):
     assert chisquare(observed[possible], count * expected / expected.sum()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("top_k", [0, 5])
-def test_transformers_samples_the_base_model(top_k):
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (5, 0.6)])
+def test_transformers_samples_the_base_model(top_k, top_p):
     model = make_model()
-    config = TreeConfig(top_k=top_k)
+    config = TreeConfig(top_k=top_k, top_p=top_p)
     sampler = TransformersSampler(model, config, {END}, batch_size=4)
     check_continuations(sampler, config)
     wide = TransformersSampler(model, config, {END}, batch_size=500)
-    check_frequencies(wide, model, top_k)
+    check_frequencies(wide, model, top_k, top_p)
 
 
 # What checkpoints ship to chat well with: not the base model that values are of.
@@ -235,6 +241,9 @@ def test_vllm_samples_the_base_model(base_model, tmp_path):
         )
         check_continuations(sampler, config)
         check_frequencies(sampler, make_model(), 5)
+        sampler.config = TreeConfig(top_k=5, top_p=0.6)
+        check_frequencies(sampler, make_model(), 5, 0.6)
+        sampler.config = config
         prompts = [(i, [2, 4 + i, 3]) for i in range(6)]
         trees = grow_trees(sampler, prompts, config, {{END}})
         assert any(tree.response(i)[-1] == END for tree in trees for i in tree.leaves())
@@ -484,11 +493,12 @@ def test_requests_leave_nothing_to_the_servers_defaults():
     """All that vLLM takes from a generation config where a request says nothing."""
     pytest.importorskip("openai")
     with serving(make_model()) as (url, asked):
-        sampler = ServerSampler("served", [url], TreeConfig(top_k=7, temperature=0.5), {END})
+        config = TreeConfig(top_k=7, temperature=0.5, top_p=0.9)
+        sampler = ServerSampler("served", [url], config, {END})
         assert sampler([[4, 5]], [3], [1])[0].tokens == [4, END]
     (request,) = asked
     defaults = {
-        "temperature": 0.5, "top_k": 7, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
+        "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0,
         "presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 3,
     }  # fmt: skip
     assert {name: request[name] for name in defaults} == defaults
@@ -499,4 +509,4 @@ def test_every_field_that_vllm_would_fill_is_sent():
     from trimtab.trainers.samplers import NEUTRAL
 
     filled = set(protocol.CompletionRequest._DEFAULT_SAMPLING_PARAMS.default)
-    assert filled <= {*NEUTRAL, "temperature", "top_k", "max_tokens"}
+    assert filled <= {*NEUTRAL, "temperature", "top_k", "top_p", "max_tokens"}
