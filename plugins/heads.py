@@ -240,7 +240,9 @@ class MAVISValueHeads(PreTrainedModel):
             base_embedding_size=full.get_input_embeddings().weight.shape[1],
             base_model=name,
             base_model_fingerprint=base_model_fingerprint(full.config),
-            base_checkpoint_fingerprint=checkpoint_fingerprint(name),
+            base_checkpoint_fingerprint=checkpoint_fingerprint(
+                name, getattr(full.config, "_commit_hash", None)
+            ),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None,
             **config_fields,
         )

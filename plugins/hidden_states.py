@@ -178,18 +178,19 @@ class OutputLayerInput:
         return hidden
 
 
-def checkpoint_fingerprint(name_or_path: str) -> str | None:
+def checkpoint_fingerprint(name_or_path: str, revision: str | None = None) -> str | None:
     """SHA-256 of a sample of every tensor of a checkpoint on disk, rounded to bfloat16.
 
     Args:
         name_or_path: A folder or a hub id in the local cache.
+        revision: Of a hub id; by default its main branch.
 
     Returns:
         The same for copies of other precision or sharding; None if there are no safetensors.
     """
     from safetensors import safe_open
 
-    files = _weight_files(name_or_path)
+    files = _weight_files(name_or_path, revision)
     digests = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -205,7 +206,7 @@ def checkpoint_fingerprint(name_or_path: str) -> str | None:
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
-def _weight_files(name_or_path: str) -> list[Path]:
+def _weight_files(name_or_path: str, revision: str | None) -> list[Path]:
     from transformers.utils import cached_file
 
     def find(file: str) -> Path | None:
@@ -213,7 +214,7 @@ def _weight_files(name_or_path: str) -> list[Path]:
             path = Path(name_or_path) / file
             return path if path.exists() else None
         try:
-            found = cached_file(name_or_path, file, local_files_only=True)
+            found = cached_file(name_or_path, file, local_files_only=True, revision=revision)
         except OSError:
             return None
         return Path(found) if found else None
@@ -226,7 +227,9 @@ def _weight_files(name_or_path: str) -> list[Path]:
     return [] if None in found else [path for path in found if path is not None]
 
 
-def check_checkpoint(config: Any, base_model: str, changed: str | None) -> str | None:
+def check_checkpoint(
+    config: Any, base_model: str, changed: str | None, revision: str | None = None
+) -> str | None:
     """Refuses heads that were trained on another checkpoint than the one they are to read.
 
     Args:
@@ -234,6 +237,7 @@ def check_checkpoint(config: Any, base_model: str, changed: str | None) -> str |
         base_model: Folder or hub id of the base model that runs.
         changed: What makes its hidden states differ from its checkpoint's, for example a
             quantisation.
+        revision: Of a hub id; by default its main branch.
 
     Returns:
         What to warn of, if anything.
@@ -247,7 +251,7 @@ def check_checkpoint(config: Any, base_model: str, changed: str | None) -> str |
             f"{names}; {base_model!r} runs with {changed}, so that they read features that they "
             "were not trained on: measure what they still gain"
         )
-    found = checkpoint_fingerprint(base_model)
+    found = checkpoint_fingerprint(base_model, revision)
     if found is None or config.base_checkpoint_fingerprint is None:
         return f"{names}; whether {base_model!r} is that checkpoint could not be checked"
     if found != config.base_checkpoint_fingerprint:

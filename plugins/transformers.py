@@ -268,7 +268,8 @@ def check_base_model(config: Any, model: Any) -> None:
         changed = "a quantisation"
     elif getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         changed = "an adapter"
-    warning = check_checkpoint(config, name, changed)
+    revision = getattr(model.config, "_commit_hash", None)
+    warning = check_checkpoint(config, name, changed, revision)
     if warning:
         logger.warning(warning)
 

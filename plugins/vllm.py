@@ -530,7 +530,9 @@ def _check_base_model(
         quantization = model_config.quantization
         changed = f"quantization {quantization!r}" if quantization else None
         for warning in (
-            check_checkpoint(config, model_config.model, changed),
+            check_checkpoint(
+                config, model_config.model, changed, getattr(model_config, "revision", None)
+            ),
             vllm_config.lora_config is not None
             and "requests with a LoRA adapter show them features that they were not trained on",
         ):

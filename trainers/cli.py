@@ -64,7 +64,14 @@ INSTEAD = {
     "vllm_server_port": "`vllm_server_base_url`",
     "reward_weights": "weights are chosen by every request to the served value model",
     "reward_model_name_or_path": "`reward_funcs: [NAME=MODEL_ID]`",
+    "trust_remote_code": "`model_init_kwargs: {trust_remote_code: true}`",
     "generation_kwargs": "`temperature` and `top_k`: guidance needs to know what is sampled from",
+}
+# Of TRL's ModelConfig, and what `from_pretrained` calls them
+MODEL_KEYS = {
+    "model_revision": "revision",
+    "dtype": "dtype",
+    "attn_implementation": "attn_implementation",
 }
 MEAN_OTHERS = {
     "beta": "the strength of the guidance that later iterations sample with, no KL coefficient",
@@ -237,6 +244,14 @@ def make_trainer(command: str, arguments: Sequence[str]) -> tuple[MAVISTrainer, 
     from .mavis_trainer import MAVISTrainer
 
     script_args, training_args, model_args, folder = parse(command, arguments)
+    defaults = type(model_args)()
+    of_model = {
+        key: getattr(model_args, name)
+        for name, key in MODEL_KEYS.items()
+        if getattr(model_args, name) != getattr(defaults, name)
+    }
+    if of_model:
+        training_args.model_init_kwargs = {**of_model, **(training_args.model_init_kwargs or {})}
     dataset = load_prompts(script_args)
     reward_funcs = [load_reward_func(spec, (".", folder)) for spec in script_args.reward_funcs]
     trainer = MAVISTrainer(

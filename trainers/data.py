@@ -38,7 +38,7 @@ PREFERENCE = "preference"  # the objective of pairs
 SOURCE = "data"  # in a folder's rollouts.json
 NUMERIC = re.compile(r"u?int\d+|float\d+|double|bool")
 # Columns that are no scores
-ROLES = ("prompt", "prompt_ids", "completion", "completion_ids", "model", "log_probs")
+ROLES = ("prompt", "prompt_ids", "completion", "completion_ids", "model", "log_probs", "tools")
 FILES = (".jsonl", ".parquet")
 REFERENCES = 8  # responses whose log-probabilities are compared with the base model's
 
@@ -129,6 +129,25 @@ def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 def _is_numeric(dataset: Dataset, column: str) -> bool:
     feature = dataset.features[column]
     return isinstance(feature, Value) and NUMERIC.fullmatch(feature.dtype) is not None
+
+
+def row_kwargs(
+    kwargs: Mapping[str, Any] | None, tools: Sequence[Any] | None, row: int
+) -> dict[str, Any]:
+    """For the chat template of a row: those of all, and its tools, where the dataset has some."""
+    return {**(kwargs or {}), **({} if tools is None else {"tools": tools_of(tools[row])})}
+
+
+def tools_of(tools: Any) -> Any:
+    """A row's tools for the chat template: JSON schemas, of which `datasets` fills in fields that
+    other rows have; or JSON text, as in TRL."""
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: without_none(x) for key, x in value.items() if x is not None}
+        return [without_none(x) for x in value] if isinstance(value, list) else value
+
+    return without_none(json.loads(tools) if isinstance(tools, str) else tools)
 
 
 def tokenize(
@@ -344,6 +363,7 @@ def read_responses(
     referred = np.linspace(0, len(dataset) - 1, REFERENCES, dtype=int)
     trees: dict[tuple[int, ...], Tree] = {}
     rows: dict[tuple[int, ...], list[int]] = {}
+    tools = dataset["tools"] if "tools" in given else None
     cut, references = 0, []
     prompts = dataset["prompt"] if "prompt" in given else [None] * len(dataset)
     told = ~np.isnan(np.stack(list(rewards.values()))).all((0, 2))
@@ -366,7 +386,7 @@ def read_responses(
                         completion,
                         prompt_ids[row],
                         eos_token_ids,
-                        template_kwargs,
+                        row_kwargs(template_kwargs, tools, row),
                     )
                 if from_base and row in referred and len(log_probs) and log_probs[row] is not None:
                     if len(log_probs[row]) != len(tokens):

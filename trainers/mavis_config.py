@@ -49,7 +49,8 @@ class MAVISConfig(TrainingArguments):
             its weights.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used to
-            load the base model.
+            load the base model. Its `revision` and `trust_remote_code` count for the tokenizer, the
+            configurations and vLLM, too.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for the chat template of conversational prompts, such as
             `{"enable_thinking": false}`: as the value model is to be served.
@@ -442,6 +443,11 @@ class MAVISConfig(TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns` must be False: reward functions may need all columns; "
+                "remove what they do not with `dataset.remove_columns`"
+            )
         if self.log_completions and find_spec("rich") is None:
             raise ValueError("`log_completions` needs rich: pip install rich")
         if self.top_k < 0:

@@ -24,7 +24,6 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -59,6 +58,7 @@ from .data import (
     Responses,
     check_log_probs,
     read_responses,
+    row_kwargs,
     score_columns,
     store_responses,
     tokenize,
@@ -88,6 +88,7 @@ from .samplers import (
     ServerSampler,
     TransformersSampler,
     VLLMSampler,
+    load_causal_lm,
     prompt_log_probs,
 )
 
@@ -157,7 +158,8 @@ class MAVISTrainer(Trainer):
             its model's id.
         train_dataset ([`~datasets.Dataset`]):
             Dataset of prompts, with a column `"prompt"` of strings (standard) or lists of messages
-            (conversational). Other columns are passed to the reward functions.
+            (conversational). Other columns are passed to the reward functions, and a column
+            `"tools"` of JSON schemas to the chat template, too.
 
             Without `reward_funcs`, a dataset of responses that were scored before, and nothing is
             sampled: TRL's prompt-completion type, with a column `"completion"`, and a column of
@@ -281,7 +283,7 @@ class MAVISTrainer(Trainer):
             found: Any = train_dataset
             self.objectives = given or score_columns(found)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(base_model)
+            processing_class = AutoTokenizer.from_pretrained(base_model, **source_of(args))
         self.tree_config = TreeConfig(
             max_completion_length=args.max_completion_length,
             layers=args.layers,
@@ -336,7 +338,8 @@ class MAVISTrainer(Trainer):
             )
         value_model.config.tokenizer_fingerprint = vocabulary
         self.value_config = value_model.config
-        self.eos_token_ids = end_tokens(base_model, processing_class)
+        revision = source_of(args).get("revision", "main")
+        self.eos_token_ids = end_tokens(base_model, processing_class, revision)
         self._heads = HeadTraining(self) if self.value_config.head_type == "hidden" else None
         self._prompt_ids = {}
         for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
@@ -356,7 +359,7 @@ class MAVISTrainer(Trainer):
                     self.eos_token_ids,
                     args.max_completion_length,
                     base_model,
-                    template_kwargs(args),
+                    args.chat_template_kwargs,
                 )
                 for name, prompt_ids in self._prompt_ids.items()
             }
@@ -418,23 +421,31 @@ class MAVISTrainer(Trainer):
         column = "prompt_ids" if tokens_given else "prompt"
         if column not in dataset.column_names:
             raise ValueError(
-                f"`{name}_dataset` must have a column 'prompt', it has {dataset.column_names}"
+                f"`{name}_dataset` must have a column 'prompt', it has {dataset.column_names}: "
+                "`dataset.rename_column` renames one"
             )
         if len(dataset) == 0:
             raise ValueError(f"`{name}_dataset` is empty")
         reads = self.value_config.backbone_config
         if reads is None:
-            reads = AutoConfig.from_pretrained(self.base_model).get_text_config()
+            config = AutoConfig.from_pretrained(self.base_model, **source_of(args))
+            reads = config.get_text_config()
         context = getattr(reads, "max_position_embeddings", None)
         longest = args.max_prompt_length
         if context is not None and (
             longest is None or longest + args.max_completion_length > context
         ):
             longest = context - args.max_completion_length
+        tools = dataset["tools"] if "tools" in dataset.column_names else None
         prompt_ids = []
         for row, prompt in enumerate(dataset[column]):
-            if tokens_given or prompt is None:
-                ids = prompt or []
+            if prompt is None:
+                raise ValueError(
+                    f"row {row} of `{name}_dataset` has no {column}, but None: "
+                    f"`dataset.filter(lambda row: row[{column!r}] is not None)` leaves it out"
+                )
+            if tokens_given:
+                ids = prompt
             elif not isinstance(prompt, str) and processing_class.chat_template is None:
                 raise ValueError(
                     f"`{name}_dataset` has conversational prompts and the tokenizer of "
@@ -442,7 +453,8 @@ class MAVISTrainer(Trainer):
                     "strings"
                 )
             else:
-                ids = tokenize(processing_class, prompt, template_kwargs=template_kwargs(args))
+                kwargs = row_kwargs(args.chat_template_kwargs, tools, row)
+                ids = tokenize(processing_class, prompt, template_kwargs=kwargs)
             if not ids or (longest is not None and len(ids) > longest):
                 raise ValueError(
                     f"row {row} of `{name}_dataset` has a prompt of {len(ids)} tokens, 1 to "
@@ -484,7 +496,7 @@ class MAVISTrainer(Trainer):
                 beta=args.beta,
                 gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                 tensor_parallel_size=args.vllm_tensor_parallel_size,
-                init_kwargs=args.vllm_init_kwargs,
+                init_kwargs={**vllm_source_of(args), **(args.vllm_init_kwargs or {})},
             )
         else:
             self._sampler = TransformersSampler(
@@ -1072,6 +1084,14 @@ class MAVISTrainer(Trainer):
         self.collect_rollouts()
         return super().evaluate(eval_dataset, **kwargs)
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not there: values are of rollouts, and `evaluate` compares them with rewards."""
+        raise NotImplementedError(
+            "a value model predicts values of prefixes, not of rows of a dataset: give prompts to "
+            "the trainer as `eval_dataset` and call `evaluate()`, or call the saved model on "
+            "token ids"
+        )
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -1271,11 +1291,6 @@ def precision_of(kwargs: Mapping[str, Any] | None) -> dict[str, str]:
     return {name: str(kwargs[name]) for name in names if kwargs and name in kwargs}
 
 
-def template_kwargs(args: Any) -> dict[str, Any]:
-    """For the chat template of prompts."""
-    return args.chat_template_kwargs or {}
-
-
 def is_value_model(name: str) -> bool:
     """Whether a name is the folder of a value model, and not of a base model."""
     config = Path(name) / "config.json"
@@ -1286,10 +1301,26 @@ def is_value_model(name: str) -> bool:
     return bool(found == MAVISValueConfig.model_type)
 
 
-def end_tokens(base_model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def source_of(args: Any) -> dict[str, Any]:
+    """Those arguments of a model that say where it is from, which count for its tokenizer, too."""
+    given = args.model_init_kwargs or {}
+    return {name: given[name] for name in ("revision", "trust_remote_code") if name in given}
+
+
+def vllm_source_of(args: Any) -> dict[str, Any]:
+    """The same for `vllm.LLM`."""
+    source = source_of(args)
+    if "revision" in source:
+        source["tokenizer_revision"] = source["revision"]
+    return source
+
+
+def end_tokens(
+    base_model: str, tokenizer: PreTrainedTokenizerBase, revision: str = "main"
+) -> set[int]:
     """Tokens that end a response: the generation config's, and the tokenizer's."""
     try:
-        configured = GenerationConfig.from_pretrained(base_model).eos_token_id
+        configured = GenerationConfig.from_pretrained(base_model, revision=revision).eos_token_id
     except OSError:  # it has none
         configured = None
     ends = set(configured if isinstance(configured, list) else [configured])
@@ -1304,8 +1335,7 @@ def end_tokens(base_model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def load_base_model(name: str, args: Any) -> PreTrainedModel:
     """The base model, in the precision that it was saved in unless `args` says otherwise."""
-    kwargs: dict[str, Any] = {"dtype": "auto", **(args.model_init_kwargs or {})}
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    return load_causal_lm(name, args.model_init_kwargs)
 
 
 def tree_collator(model: MAVISValueModel, eos_token_ids: set[int]) -> DataCollatorForTrees:

@@ -421,6 +421,11 @@ def collect_rollouts(
     Returns:
         `list[Tree]`: One tree per prompt of this process, in order.
     """
+    if taken := sorted({"prompts", "completions", "completion_ids"} & set(columns)):
+        raise ValueError(
+            f"the dataset has a column {taken[0]!r}, by which reward functions are given the "
+            f"responses: rename it, `dataset.rename_column({taken[0]!r}, 'other')`"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shape = asdict(config)

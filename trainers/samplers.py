@@ -454,6 +454,15 @@ def server_key() -> str:
     return os.environ.get("OPENAI_API_KEY", "EMPTY")
 
 
+def load_causal_lm(name: str, model_init_kwargs: Mapping[str, Any] | None) -> Any:
+    """A causal decoder, in the precision that it was saved in unless told otherwise."""
+    kwargs: dict[str, Any] = {"dtype": "auto", **(model_init_kwargs or {})}
+    model: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    # Heads are of one checkpoint; transformers 5 does not keep which revision it has loaded.
+    model.config._commit_hash = kwargs.get("revision")
+    return model
+
+
 class TransformersSampler:
     """
     Samples with `generate` of transformers.
@@ -486,8 +495,7 @@ class TransformersSampler:
         model_init_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(model, str):
-            kwargs = {"dtype": "auto", **(model_init_kwargs or {})}
-            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            model = load_causal_lm(model, model_init_kwargs)
             if torch.cuda.is_available():
                 model = model.to("cuda")
         self.model = model.eval()

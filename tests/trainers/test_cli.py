@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from trl import GRPOConfig, ModelConfig
 
 from trimtab.__main__ import main
-from trimtab.plugins.value_model import MAVISValueModel
+from trimtab.plugins.hidden_states import checkpoint_fingerprint
+from trimtab.plugins.value_model import MAVISValueModel, load_config, tokenizer_fingerprint
 from trimtab.trainers import MAVISConfig, read_rollouts
 from trimtab.trainers.cli import (
     INSTEAD,
@@ -108,6 +112,38 @@ def test_rollouts_are_collected_scored_and_shown(folder, capsys):
     assert run("rollouts", "show", "value_model") == 2
     error = capsys.readouterr().err
     assert "give one of value_model/rollouts/eval, value_model/rollouts/train" in error
+
+
+def test_revision_is_that_of_all_that_is_read(folder, base_model):
+    """Of a hub's repository whose main branch is another model with another tokenizer."""
+    repository = folder / "hub" / "models--org--tiny"
+    for branch, commit in (("main", "0" * 40), ("v2", "1" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+        shutil.copytree(base_model, repository / "snapshots" / commit)
+    main = repository / "snapshots" / ("0" * 40)
+    vocabulary = (main / "tokenizer.json").read_text()
+    (main / "tokenizer.json").write_text(vocabulary.replace('"good"', '"fine"'))
+    (main / "generation_config.json").write_text('{"eos_token_id": 5}')
+    weights = load_file(main / "model.safetensors")
+    save_file({k: 2 * v for k, v in weights.items()}, main / "model.safetensors", {"format": "pt"})
+    finished = subprocess.run(
+        [
+            sys.executable, "-m", "trimtab", "train", "--config", "below/config.yaml",
+            "--model_name_or_path", "org/tiny", "--model_revision", "v2",
+            "--head_type", "hidden", "--num_train_epochs", "1",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = load_config("value_model")
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    assert found.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+    assert found.base_checkpoint_fingerprint == checkpoint_fingerprint(base_model)
+    made = json.loads((folder / "value_model" / "rollouts" / "train" / "rollouts.json").read_text())
+    assert made["eos_token_ids"] == [0]
 
 
 @pytest.mark.parametrize(

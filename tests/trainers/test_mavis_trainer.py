@@ -466,6 +466,45 @@ class TestBadInput:
             config(tmp_path, **field)
 
 
+def test_datasets_that_cannot_be_sampled_are_named(base_model, tmp_path):
+    data = Dataset.from_dict({"prompt": ["a", None, "b"]})
+    with pytest.raises(ValueError, match=r"row 1 of `train_dataset` has no prompt.*dataset.filter"):
+        trainer(base_model, tmp_path, data=data)
+    with pytest.raises(ValueError, match=r"has \['prompts'\]: `dataset.rename_column`"):
+        trainer(base_model, tmp_path, data=Dataset.from_dict({"prompts": ["a"]}))
+    data = Dataset.from_dict({"prompt": ["a", "b"], "completions": ["a", "b"]})
+    with pytest.raises(ValueError, match="has a column 'completions', by which"):
+        trainer(base_model, tmp_path, data=data).collect_rollouts()
+
+
+def test_what_values_are_not_for_says_what_to_do(base_model, tmp_path):
+    with pytest.raises(ValueError, match="`remove_unused_columns` must be False"):
+        config(tmp_path, remove_unused_columns=True)
+    with pytest.raises(NotImplementedError, match="give prompts to the trainer as `eval_dataset`"):
+        trainer(base_model, tmp_path).predict(prompts(3))
+
+
+def test_chat_template_gets_the_tools_of_a_row(base_model, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}{% for t in tools %}{{ t | length }} {{ t['name'] }} {% endfor %}{% endif %}"
+        "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+    )
+    asked = [[{"role": "user", "content": "a"}]] * 3
+    tools = [[{"name": "good"}], [{"name": "bad", "description": "red"}, {"name": "blue"}], []]
+    for column in (tools, list(map(json.dumps, tools))):
+        data = Dataset.from_dict({"prompt": asked, "tools": column})
+        made = MAVISTrainer(base_model, config(tmp_path), REWARDS, data, processing_class=tokenizer)
+        seen = [tokenizer.decode(ids) for ids in made._prompt_ids["train"]]
+        # A field that another row has is none of this row's.
+        unknown = "<unk>"
+        assert seen == [
+            f"{unknown} good <user> a",
+            f"{unknown} bad {unknown} blue <user> a",
+            "<user> a",
+        ]
+
+
 def test_constant_reward_trains_with_a_warning(base_model, tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr("trimtab.trainers.rewards.logger.warning", warnings.append)
