@@ -348,6 +348,7 @@ class MAVISTrainer(Trainer):
                     name, dataset, processing_class, args
                 )
         self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
+        of_template: Any = args.chat_template_kwargs
         if self._of_data:
             self._responses = {
                 name: read_responses(
@@ -359,7 +360,7 @@ class MAVISTrainer(Trainer):
                     self.eos_token_ids,
                     args.max_completion_length,
                     base_model,
-                    args.chat_template_kwargs,
+                    of_template,
                 )
                 for name, prompt_ids in self._prompt_ids.items()
             }
@@ -437,6 +438,7 @@ class MAVISTrainer(Trainer):
         ):
             longest = context - args.max_completion_length
         tools = dataset["tools"] if "tools" in dataset.column_names else None
+        of_template: Any = args.chat_template_kwargs
         prompt_ids = []
         for row, prompt in enumerate(dataset[column]):
             if prompt is None:
@@ -453,7 +455,7 @@ class MAVISTrainer(Trainer):
                     "strings"
                 )
             else:
-                kwargs = row_kwargs(args.chat_template_kwargs, tools, row)
+                kwargs = row_kwargs(of_template, tools, row)
                 ids = tokenize(processing_class, prompt, template_kwargs=kwargs)
             if not ids or (longest is not None and len(ids) > longest):
                 raise ValueError(

@@ -255,7 +255,7 @@ TURN = {"role": "assistant", "content": "good"}
         ([{**ROW, "prompt": [TURN]}], "must both be strings or both lists of messages"),
         ([{**ROW, "prompt": [TURN], "completion": [TURN, TURN]}], "the response has 2 messages"),
         ([ROW, {**ROW, "completion": None}], "row 1 of .* must both be strings or both lists"),
-        ([ROW, {**ROW, "prompt": None}], "row 1 of `train_dataset` has a prompt of 0 tokens"),
+        ([ROW, {**ROW, "prompt": None}], "row 1 of `train_dataset` has no prompt, but None"),
         ([{**ROW, "prompt": ""}], "row 0 of `train_dataset` has a prompt of 0 tokens"),
     ],
 )  # fmt: skip
