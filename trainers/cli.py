@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TRAIN_HELP = """usage: trimtab {command} [--config FILE.yaml] [--KEY VALUE ...]
 
 {does}
-Keys are those of the YAML file; flags go before what it says. The main ones:
+A flag overrides the same key of the YAML file. The main ones:
 
   model_name_or_path    base model, a folder or hub id; or a value model to train on
   dataset_name          file of prompts (.jsonl, .json, .parquet), or a dataset's hub id
@@ -199,6 +199,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
         usage=f"trimtab {command} [--config FILE.yaml] [--KEY VALUE ...]",
         allow_abbrev=False,
     )
+    parser.set_defaults(dtype=None)  # the checkpoint's own, unless it is given
     if "--help-all" in arguments:
         parser.print_help()
         raise SystemExit(0)
@@ -244,11 +245,17 @@ def make_trainer(command: str, arguments: Sequence[str]) -> tuple[MAVISTrainer, 
     from .mavis_trainer import MAVISTrainer
 
     script_args, training_args, model_args, folder = parse(command, arguments)
-    defaults = type(model_args)()
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: give the base model's folder or hub id")
+    if model_args.load_in_8bit or model_args.load_in_4bit:
+        raise ValueError(
+            "load_in_8bit, load_in_4bit: value models are cut from, and read, the base model as it "
+            "is served; give a checkpoint that is quantised"
+        )
     of_model = {
         key: getattr(model_args, name)
         for name, key in MODEL_KEYS.items()
-        if getattr(model_args, name) != getattr(defaults, name)
+        if getattr(model_args, name) not in (None, "main")
     }
     if of_model:
         training_args.model_init_kwargs = {**of_model, **(training_args.model_init_kwargs or {})}

@@ -23,6 +23,7 @@ from trimtab.trainers.cli import (
     TRAIN_HELP,
     MAVISScriptArguments,
     load_reward_func,
+    make_trainer,
 )
 
 REWARDS = """
@@ -156,6 +157,8 @@ def test_revision_is_that_of_all_that_is_read(folder, base_model):
         ({"reward_funcs": "[good=nowhere:f]"}, ["'good=nowhere:f'", "beside the YAML"]),
         ({"reward_funcs": "[good=cli_rewards:f]"}, ["'cli_rewards' has no 'f'"]),
         ({"model_name_or_path": "./none"}, ["./none"]),
+        ({"model_name_or_path": None}, ["model_name_or_path is missing"]),
+        ({"load_in_4bit": "true"}, ["load_in_4bit: "]),
         ({"layers": 0}, ["`layers` must be at least 1, got 0"]),
         ({"layer": 3}, ["unknown keys layer:", "--help-all"]),
         (
@@ -168,13 +171,20 @@ def test_train_names_what_cannot_be_used(folder, capsys, change, named):
     (folder / "below" / "config.yaml.jsonl").write_text("{")
     text = (folder / "below" / "config.yaml").read_text()
     kept = [line for line in text.splitlines() if line.partition(":")[0] not in change]
-    lines = [*kept, *(f"{key}: {value}" for key, value in change.items())]
+    lines = [*kept, *(f"{key}: {value}" for key, value in change.items() if value is not None)]
     (folder / "below" / "config.yaml").write_text("\n".join(lines))
     assert run("train", "--config", "below/config.yaml") == 2
     _, said, error = capsys.readouterr().err.partition("trimtab train: error: ")
     assert said and "Traceback" not in error
     for text in named:
         assert text in error
+
+
+def test_dtype_is_the_checkpoints_unless_given(folder):
+    given = ["--config", "below/config.yaml"]
+    for flags, expected in (([], None), (["--dtype", "float32"], {"dtype": "float32"})):
+        made, _ = make_trainer("train", [*given, *flags])
+        assert made.args.model_init_kwargs == expected
 
 
 @pytest.mark.parametrize(
