@@ -469,7 +469,9 @@ def write_rollouts(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     _check_name(path)
     for number, row in enumerate(rows):
         _check_row(row, f"row {number}")
-        found.append(dict(row))
+        # JSON knows no NaN.
+        unknown = {n for n, x in row.items() if isinstance(x, float) and math.isnan(x)}
+        found.append({n: None if n in unknown else x for n, x in row.items()})
     if not found:
         raise ValueError(f"there are no rollouts to write to {str(path)!r}")
     dataset = _dataset_of(found, "the rollouts")

@@ -130,6 +130,7 @@ class MAVISConfig(TrainingArguments):
 
         leaf_fraction (`float`, *optional*, defaults to `0.5`):
             Fraction of the bottom layer of every tree to train on, which would outnumber the rest.
+            Of responses that are given as data all are used.
         gae_lambda (`float`, *optional*, defaults to `0.5`):
             With `head_type="hidden"`, what advantages are learnt from: 1 for the rewards of the
             finished responses alone, 0 for the predicted value of the next token, which is less
@@ -397,7 +398,7 @@ class MAVISConfig(TrainingArguments):
         default=0.5,
         metadata={
             "help": "Fraction of the bottom layer of every tree to train on, which would outnumber "
-            "the rest."
+            "the rest. Of responses that are given as data all are used."
         },
     )
     gae_lambda: float = field(

@@ -171,7 +171,8 @@ def load_reward_funcs(reward_funcs: Any, processing_classes: Any = None) -> dict
     if not isinstance(reward_funcs, Mapping) or not reward_funcs:
         raise ValueError(
             "`reward_funcs` must be a non-empty dict of objective names to reward functions or "
-            f"model ids, for example {{'positivity': positivity}}, got {reward_funcs!r}"
+            f"model ids, for example {{'positivity': positivity}}, got {reward_funcs!r}; or leave "
+            "it out, with a `datasets.Dataset` of responses and their scores"
         )
     tokenizers = processing_classes
     if not isinstance(tokenizers, Mapping):

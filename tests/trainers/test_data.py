@@ -494,12 +494,13 @@ def tokens_of(rows, tokenizer, **more):
 def test_rollouts_of_another_tool_are_read_as_they_were_written(tmp_path, tokenizer, suffix):
     rows = scored(3)
     with_tokens = tokens_of(rows, tokenizer, model="it")
+    rows[1]["good"] = float("nan")  # which is no JSON
     with_tokens[0]["log_probs"] = [-1.5] * len(with_tokens[0]["completion_ids"])
     for kind in (rows, with_tokens):
         write_rollouts(tmp_path / f"rows.{suffix}", iter(kind))
         found = read_rollouts(tmp_path / f"rows.{suffix}").to_list()
         assert [{k: v for k, v in row.items() if k != "log_probs"} for row in found] == [
-            {k: v for k, v in row.items() if k != "log_probs"} for row in kind
+            {k: v if v == v else None for k, v in row.items() if k != "log_probs"} for row in kind
         ]
     assert found[0]["log_probs"] == with_tokens[0]["log_probs"] and found[1]["log_probs"] is None
     assert [path.name for path in tmp_path.iterdir()] == [f"rows.{suffix}"]
