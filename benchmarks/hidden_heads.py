@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def train(
     base: Any,
     seed: int,
     batch_size: int = 4,
+    objectives: Sequence[str] = OBJECTIVES,
+    loss_function: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[MAVISValueHeads, list[np.ndarray]]:
     """Heads, and the sums of the held-out trees after every fifth of the steps."""
     torch.manual_seed(seed)
@@ -131,7 +134,7 @@ def train(
     embedding = base.get_input_embeddings().weight.detach()
     model = MAVISValueHeads.from_base_model(
         base,
-        OBJECTIVES,
+        objectives,
         head_width=variant.width,
         action_rank=variant.rank,
         ensemble_size=variant.members,
@@ -160,7 +163,11 @@ def train(
         if len(queue) < batch_size:
             queue = rng.permutation(len(chosen)).tolist()
         batch = collate_rows([chosen[queue.pop()] for _ in range(batch_size)])
-        loss = loss_of(variant, batch, read_heads(model, batch, embedding)[1])
+        advantages = read_heads(model, batch, embedding)[1]
+        if loss_function is None:
+            loss = loss_of(variant, batch, advantages)
+        else:
+            loss = loss_function(batch, advantages)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

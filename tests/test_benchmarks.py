@@ -19,7 +19,7 @@ from tests.conftest import make_heads, make_tokenizer, make_value_model
 from tests.reference import Reference
 from tests.trainers.test_rollouts import grow
 from trimtab.plugins import MAVISValueModel, ValueEngine
-from trimtab.trainers.rollouts import TreeConfig
+from trimtab.trainers.rollouts import TreeConfig, write_trees
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,6 +160,31 @@ def test_trees_are_chosen_by_the_variance_of_a_pilot_that_is_not_trained_on():
         indices = [half.prompt_index for half in chosen]
         assert [half.nodes for half in chosen] == [halves[i][1].nodes for i in indices]
     assert np.mean(indices) > 13  # the scales grow with the index, whose mean is 9.5
+
+
+def test_the_same_responses_are_learnt_from_as_each_type_of_data(base_model, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 10), ("eval", 4)):
+        trees = grow(TreeConfig(max_completion_length=12, layers=2), end=0.1, count=count)
+        for tree in trees:
+            tree.nodes[0].tokens.append(20 + tree.prompt_index)  # prompts of their own
+            leaf = np.array([node.leaf for node in tree.nodes])
+            for objective in choose_trees.OBJECTIVES:
+                tree.rewards[objective] = np.where(leaf, rng.normal(size=len(leaf)), np.nan)
+        (tmp_path / "rollouts" / name).mkdir(parents=True)
+        write_trees(tmp_path / "rollouts" / name / "trees-00000.parquet", trees, {})
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/offline.py", "--base", base_model, "--seeds", "1",
+         "--members", "1", "--rollouts", tmp_path / "rollouts", "--output", tmp_path / "out.json",
+         "--table", tmp_path / "out.md"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["arms"]) == 5
+    measured = [m["kl_efficiency"] for (curve,) in result["arms"].values() for m in curve[-1]]
+    assert len(measured) == 5 * 4 and all(np.isfinite(list(m.values())).all() for m in measured)
+    assert (tmp_path / "out.md").read_text() in run.stdout
 
 
 def test_policies_are_summarised_by_the_seed_with_the_median_value():
