@@ -222,15 +222,19 @@ def tokenize_completion(
     return ids[: end + 1]
 
 
-def check_completion_ids(ids: Sequence[int], vocab_size: int, eos_token_ids: set[int]) -> list[int]:
+def check_tokens(field: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises `ValueError` where these are no tokens of the base model."""
+    if wrong := [token for token in ids if not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"{field!r} has the token {wrong[0]}, the base model's tokenizer has {vocab_size}; "
+            "give tokens of the base model, or text"
+        )
+
+
+def check_completion_ids(ids: Sequence[int], eos_token_ids: set[int]) -> list[int]:
     """Raises `ValueError` where these cannot be the tokens of one response."""
     if not ids:
         raise ValueError("'completion_ids' is empty; a response has a token at least")
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise ValueError(
-            f"'completion_ids' has the token {max(ids)}, the base model's tokenizer has "
-            f"{vocab_size}; give tokens of the base model, or text"
-        )
     if any(token in eos_token_ids for token in ids[:-1]):
         raise ValueError(
             "'completion_ids' goes on after an end-of-sequence token; a response ends there"
@@ -375,8 +379,10 @@ def read_responses(
         rows.setdefault(key, []).append(row)
         for column, completion in zip(columns, completions):
             try:
+                check_tokens("prompt_ids", prompt_ids[row], len(tokenizer))
                 if tokens_given:
-                    tokens = check_completion_ids(completion, len(tokenizer), eos_token_ids)
+                    tokens = check_completion_ids(completion, eos_token_ids)
+                    check_tokens("completion_ids", tokens, len(tokenizer))
                 elif prompt is None:
                     raise ValueError("it is text and 'prompt_ids' is not; give both as one")
                 else:

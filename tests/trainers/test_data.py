@@ -593,6 +593,7 @@ def test_damaged_files_are_named(tmp_path):
     ("row", "message"),
     [
         ({**LINE, "completion_ids": [99]}, "row 0 of .*has the token 99, the base model's tokeniz"),
+        ({**LINE, "prompt_ids": [99]}, "row 0 of .*'prompt_ids' has the token 99, the base model"),
         ({**LINE, "completion_ids": [0, 5]}, "row 0 of .*goes on after an end-of-sequence token"),
         ({"prompt_ids": [4], "completion": " a", "x": 1.0}, "it is text and 'prompt_ids' is not"),
     ],
