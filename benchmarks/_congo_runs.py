@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import typing as tp
 import warnings
 from pathlib import Path
@@ -38,11 +39,15 @@ def summary(values: tp.Sequence[float]) -> dict[str, float]:
 
 
 def save(name: str, content: dict[str, tp.Any]) -> None:
-    """Writes ``results/<name>.json`` with the versions that produced it."""
+    """Writes ``results/<name>.json`` with the versions that produced it, whole or not at all."""
     RESULTS.mkdir(exist_ok=True)
     content = {
         "versions": {"nevergrad": ng.__version__, "numpy": np.__version__},
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         **content,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = RESULTS / f"{name}.json.unfinished"
+    # A list of figures stays on its line.
+    text = re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()), json.dumps(content, indent=1))
+    unfinished.write_text(text + "\n")
+    os.replace(unfinished, RESULTS / f"{name}.json")

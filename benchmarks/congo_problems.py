@@ -1,31 +1,40 @@
 """Other people's problems and hostile services: CONGO as registered against peers.
 
 Nevergrad's ``ArtificialFunction`` families with 5 useful variables of 200, one quadratic at costs
-from 1e-9 to 1e9, and services that are noisy, drift, change, fail or have knobs in levels. Every
-method gets the same evaluations on the same seeds. Two distances above the optimum are reported,
-as shares of the start's: the recommended point's, and that of the measurements paid for in the last
-quarter of the run, both without noise.
+from 1e-9 to 1e9, services that are noisy, drift, change or fail, and knobs of several kinds with
+few evaluations. Every method gets the same evaluations on the same seeds. Two distances above the
+optimum are reported, as shares of the start's: the recommended point's, and that of the
+measurements paid for in the last quarter of the run, both without noise.
 
-    python benchmarks/congo_problems.py              # about 10 minutes on one core
-    python benchmarks/congo_problems.py --seeds 10
+Optuna's TPE and CMA-ES and TuRBO are too slow for thousands of evaluations of 200 knobs: they play
+where evaluations are few, in place of CMA, one coordinate at a time and ZORO-FA. Runs are kept one
+by one in ``results/congo_problems.json``: an interrupted command goes on, and only what other
+settings or other code have made is made again.
+
+    python benchmarks/congo_problems.py              # 20 minutes on one core
     python benchmarks/congo_problems.py --quick
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
 import math
-import time
 import typing as tp
+from pathlib import Path
 
+import _peers
 import nevergrad as ng
 import numpy as np
-from _congo_runs import DOCS, arguments, save
+from _congo_runs import DOCS, RESULTS, arguments, save
 from nevergrad.functions import ArtificialFunction
 
 from trimtab.optimizers import recovery
 
-PEERS = ("OnePlusOne", "CMA", "TBPSA", "SPSA")
 FAMILIES = {
     "sphere": ("sphere", False),
     "ellipsoid, rotated": ("ellipsoid", True),
@@ -40,6 +49,7 @@ FAMILIES = {
     "deceptive, ill-conditioned": ("deceptiveillcond", True),
     "deceptive, multimodal": ("deceptivemultimodal", False),
 }
+BUDGET = 2000
 SCALES = (1e-9, 1e-6, 1e-2, 1.0, 1e2, 1e6, 1e9)
 
 
@@ -60,7 +70,7 @@ class Problem:
     cost: tp.Callable[[tp.Any, int], float]
     observe: tp.Callable[[float, int, tp.Any, np.random.Generator], float]
     optimum: float
-    budget: int = 3000
+    budget: int = BUDGET
     workers: int = 8
 
 
@@ -81,13 +91,13 @@ def family(name: str, seed: int) -> Problem:
     np.random.seed(seed)  # noqa: NPY002  (Nevergrad draws its functions' seeds from it)
     function = ArtificialFunction(core, 5, useless_variables=195, rotation=rotation)
     function.parametrization.random_state.seed(seed)
-    return Problem(array(200), lambda x, _: float(function(x)), exact, 0.0, 2000, 1)
+    return Problem(array(200), lambda x, _: float(function(x)), exact, 0.0, 1000, 1)
 
 
 def scaled(scale: float, seed: int) -> Problem:
     i, j = np.random.default_rng(seed).choice(100, 2, replace=False)
     return Problem(
-        array(100), lambda x, _: scale * float((x[i] - 1) ** 2 + (x[j] + 2) ** 2), exact, 0.0, 2000
+        array(100), lambda x, _: scale * float((x[i] - 1) ** 2 + (x[j] + 2) ** 2), exact, 0.0, 1000
     )
 
 
@@ -106,12 +116,12 @@ def services(seed: int) -> dict[str, Problem]:
         return 50 + float(np.sum(4 * (a + b - 1) ** 2 + (a - b - 1) ** 2))
 
     def drifting(x: np.ndarray, number: int) -> float:
-        angle = 2 * math.pi * number / 3000
+        angle = 2 * math.pi * number / BUDGET
         level = 100 + 5 * math.sin(3 * angle)
         return level + 4 * float(np.sum((x[few] - best * math.cos(0.5 * angle)) ** 2))
 
     def changing(x: np.ndarray, number: int) -> float:
-        return 100 + 4 * float(np.sum((x[few if number < 1500 else other] - best) ** 2))
+        return 100 + 4 * float(np.sum((x[few if number < BUDGET // 2 else other] - best) ** 2))
 
     def outliers(cost: float, number: int, value: tp.Any, rng: np.random.Generator) -> float:
         return cost * (100 if rng.random() < 0.05 else 1) + rng.standard_normal()
@@ -120,7 +130,7 @@ def services(seed: int) -> dict[str, Problem]:
         return cost + rng.standard_t(1.5)
 
     def outage(cost: float, number: int, value: tp.Any, rng: np.random.Generator) -> float:
-        return math.nan if 900 < number < 2000 else cost + rng.standard_normal()
+        return math.nan if 0.3 < number / BUDGET < 0.65 else cost + rng.standard_normal()
 
     def penalised(x: np.ndarray, _: int) -> float:
         return 1e5 if x[other[0]] > 0.05 else quadratic(x)
@@ -178,9 +188,18 @@ def services(seed: int) -> dict[str, Problem]:
         "bounded latency": Problem(
             lambda: ng.p.Array(shape=(200,)).set_bounds(0, 1), latency, noise(0.5), 50.0
         ),
-        "users' units": Problem(units, in_units, noise(0.2), 10.0, 600),
-        "database settings": Problem(database, slow, noise(1.0), 20.0, 300),
+        "users' units": Problem(units, in_units, noise(0.2), 10.0, 200),
+        "database settings": Problem(database, slow, noise(1.0), 20.0, 150),
     }
+
+
+FEW = ("users' units", "database settings")
+GROUPS: dict[str, dict[str, tp.Callable[[int], Problem]]] = {
+    "few evaluations": {n: lambda s, n=n: services(s)[n] for n in FEW},
+    "services": {n: lambda s, n=n: services(s)[n] for n in services(0) if n not in FEW},
+    "scales": {f"{scale:g}": lambda s, c=scale: scaled(c, s) for scale in SCALES},
+    "families": {name: lambda s, n=name: family(n, s) for name in FAMILIES},
+}
 
 
 # -- peers that Nevergrad does not have --------------------------------------------------------
@@ -252,6 +271,13 @@ def zoro_fa(state: Generated, d: int, rng: np.random.Generator) -> tp.Iterator[n
 
 
 OWN = {"one coordinate": coordinates, "ZORO-FA": zoro_fa}
+OTHERS = {"Optuna CMA-ES": _peers.OptunaCMA, "Optuna TPE": _peers.TPE, "TuRBO": _peers.TuRBO}
+METHODS = {
+    "few evaluations": ("CONGO", "OnePlusOne", *OTHERS),
+    "services": ("CONGO", "OnePlusOne", "CMA", *OWN),
+    "scales": ("CONGO", "OnePlusOne"),
+    "families": ("CONGO", "OnePlusOne", "CMA", *OWN),
+}
 
 
 # -- runs ------------------------------------------------------------------------------------
@@ -266,6 +292,8 @@ def play(problem: Problem, method: str, seed: int) -> dict[str, float]:
     workers = problem.workers
     if method in OWN:
         optimizer, workers = Generated(OWN[method], parametrization, seed), 1
+    elif method in OTHERS:
+        optimizer = OTHERS[method](parametrization, workers, seed)
     else:
         algorithm = ng.optimizers.registry[method]
         workers = 1 if algorithm.no_parallelization else workers
@@ -274,7 +302,6 @@ def play(problem: Problem, method: str, seed: int) -> dict[str, float]:
     rng = np.random.default_rng([seed, 3])
     number, paid = 0, []
     start = problem.cost(start_value, problem.budget) - problem.optimum
-    began = time.process_time()
     while number < problem.budget:
         out = [optimizer.ask() for _ in range(workers)]
         for candidate in out:
@@ -287,16 +314,67 @@ def play(problem: Problem, method: str, seed: int) -> dict[str, float]:
     return {
         "recommended": (final - problem.optimum) / start,
         "paid": (float(np.mean(paid)) - problem.optimum) / start,
-        "seconds": time.process_time() - began,
     }
 
 
-def quantiles(runs: list[dict[str, float]]) -> dict[str, tp.Any]:
-    return {
-        key: {"median": float(np.median(values)), "worst": float(np.max(values)), "all": values}
-        for key in runs[0]
-        for values in [[run[key] for run in runs]]
-    }
+def made_by(problem: Problem, method: str) -> str:
+    """A digest of all that a run rests on but its seed."""
+    parametrization = problem.knobs()
+    parametrization.random_state.seed(0)
+    rng = np.random.default_rng(0)
+    parts: list[tp.Any] = [problem.budget, problem.workers, problem.optimum]
+    for n, value in itertools.product(
+        (0, problem.budget // 2), (parametrization.value, parametrization.sample().value)
+    ):
+        parts.append(f"{problem.observe(problem.cost(value, n), n, value, rng):.9g}")
+    packages = ["nevergrad", "numpy"]
+    files = [Path(_peers.__file__)] if method in OTHERS else []
+    if method in OTHERS:
+        packages += ["optuna", "cmaes", "botorch", "gpytorch"]
+    elif method == "CONGO":
+        files = sorted(Path(recovery.__file__).parent.glob("*.py"))
+    parts += [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    parts += [path.read_text() for path in files]
+    parts += [inspect.getsource(f) for f in (play, Generated, OWN.get(method, play))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def played(seeds: int) -> dict[str, tp.Any]:
+    """All runs, by group, problem and method; what the kept file has of them is not run again."""
+    path = RESULTS / "congo_problems.json"
+    kept = json.loads(path.read_text()).get("runs", {}) if path.exists() else {}
+    total = sum(len(GROUPS[g]) * len(METHODS[g]) * seeds for g in GROUPS)
+    done, wanted = 0, {}
+    for group, problems in GROUPS.items():
+        wanted[group] = {name: dict.fromkeys(METHODS[group]) for name in problems}
+        for name, make in problems.items():
+            of_problem = kept.setdefault(group, {}).setdefault(name, {})
+            for method in METHODS[group]:
+                digest = made_by(make(0), method)
+                runs = of_problem.get(method, {})
+                if runs.get("made_by") != digest:
+                    runs = {"made_by": digest, "recommended": [], "paid": []}
+                of_problem[method] = wanted[group][name][method] = runs
+                for seed in range(len(runs["paid"]), seeds):
+                    for key, value in play(make(seed), method, seed).items():
+                        runs[key].append(float(f"{min(value, 1e300):.4g}"))
+                    save("congo_problems", {"complete": False, "runs": kept})
+                for key in ("recommended", "paid"):
+                    runs[key] = runs[key][:seeds]
+                done += seeds
+                shown = (number(float(np.median(runs[key]))) for key in ("recommended", "paid"))
+                print(f"{done:5d} of {total}  {name}, {method}:", *shown, flush=True)
+    save("congo_problems", {"complete": True, "seeds": seeds, "runs": wanted})
+    return wanted
+
+
+TEXT = """\
+Written by `python benchmarks/congo_problems.py`: distance above the optimum as a share of the
+start's, without the noise that the methods saw, at the point recommended and as paid by the
+measurements of the last quarter. 0 is the optimum, 1 no progress. The rows in which `CONGO` is
+furthest behind the best peer come first.
+
+![Recommended and paid cost](congo_problems.png)"""
 
 
 def number(value: float) -> str:
@@ -305,83 +383,76 @@ def number(value: float) -> str:
 
 def table(rows: dict[str, dict[str, tp.Any]], key: str, methods: tp.Sequence[str]) -> list[str]:
     """Markdown, the rows in which CONGO is furthest behind the best peer first."""
+    medians = {
+        n: {m: float(np.median(runs[key])) for m, runs in r.items()} for n, r in rows.items()
+    }
 
     def behind(name: str) -> float:
-        row = rows[name]
-        peers = [row[m][key]["median"] for m in methods if m != "CONGO" and m in row]
-        return math.log10(max(row["CONGO"][key]["median"], 1e-12)) - math.log10(
-            max(min(peers, default=1.0), 1e-12)
-        )
+        best = min(median for m, median in medians[name].items() if m != "CONGO")
+        return math.log10(max(medians[name]["CONGO"], 1e-12)) - math.log10(max(best, 1e-12))
 
     lines = [f"| {key} | " + " | ".join(methods) + " |", "| --- " * (len(methods) + 1) + "|"]
     for name in sorted(rows, key=behind, reverse=True):
-        cells = [
-            f"{number(rows[name][m][key]['median'])} ({number(rows[name][m][key]['worst'])})"
-            if m in rows[name]
-            else ""
-            for m in methods
-        ]
+        cells = [f"{number(medians[name][m])} ({number(max(rows[name][m][key]))})" for m in methods]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def plot(rows: dict[str, dict[str, tp.Any]], methods: tp.Sequence[str]) -> None:
+def plot(rows: dict[str, dict[str, tp.Any]]) -> None:
+    """Medians; those beyond 0.0001 and 1000 are drawn there."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
-    names = list(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 8), layout="constrained", sharey=True)
+    names = list(rows)[::-1]
+    methods = dict.fromkeys(method for name in rows for method in rows[name])
     for panel, key in zip(axes, ("recommended", "paid")):
         for k, method in enumerate(methods):
-            values = [max(rows[name][method][key]["median"], 1e-6) for name in names]
-            panel.plot(values, np.arange(len(names)), "o", label=method, zorder=10 - k)
+            places = [i for i, name in enumerate(names) if method in rows[name]]
+            panel.plot(
+                np.clip([np.median(rows[names[i]][method][key]) for i in places], 1e-4, 1e3),
+                np.array(places) + 0.3 - 0.6 * k / (len(methods) - 1),
+                "*os^vDPXp"[k],
+                markersize=11 if method == "CONGO" else 7,
+                label=method,
+            )
         panel.set_xscale("log")
-        panel.set_xlim(1e-4, 1e2)
+        panel.set_xlim(5e-5, 2e3)
+        panel.set_xticks([1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100, 1e3])
         panel.axvline(1.0, color="grey", lw=0.8)
-        panel.set_yticks(range(len(names)), names)
-        panel.set_xlabel(f"{key}: distance above the optimum, share of the start's")
-    axes[1].legend(fontsize=8)
-    figure.savefig(DOCS / "congo_problems.png", dpi=120)
+        for i in range(1, len(names)):
+            panel.axhline(i - 0.5, color="lightgrey", lw=0.5)
+        panel.set_yticks(range(len(names)), names, fontsize=13)
+        panel.tick_params(axis="x", labelsize=13)
+        panel.set_title(f"{key} cost, median", fontsize=14)
+        panel.set_xlabel("distance above the optimum / the start's", fontsize=13)
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4, fontsize=13)
+    figure.savefig(DOCS / "congo_problems.png", dpi=110)
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], seeds=2)
-    methods = ["CONGO", *PEERS, *OWN]
-    groups: dict[str, dict[str, tp.Callable[[int], Problem]]] = {
-        "families": {name: lambda s, n=name: family(n, s) for name in FAMILIES},
-        "services": {name: lambda s, n=name: services(s)[n] for name in services(0)},
-        "scales": {f"{scale:g}": lambda s, c=scale: scaled(c, s) for scale in SCALES},
-    }
+    options = arguments(__doc__.splitlines()[0], seeds=10)
     if options.quick:
-        groups = {name: dict(list(group.items())[:2]) for name, group in groups.items()}
-    results: dict[str, tp.Any] = {}
-    lines: list[str] = []
-    for group, problems in groups.items():
-        chosen = ["CONGO", "OnePlusOne"] if group == "scales" or options.quick else methods
-        rows: dict[str, tp.Any] = {}
-        for name, make in problems.items():
-            rows[name] = {}
-            for method in chosen:
-                runs = []
-                for seed in range(options.seeds):
-                    problem = make(seed)
-                    if options.quick:
-                        problem.budget = 150
-                    runs.append(play(problem, method, seed))
-                rows[name][method] = quantiles(runs)
-            print(f"{name:28s}", *(
-                f"{m} {number(r['recommended']['median'])}/{number(r['paid']['median'])}"
-                for m, r in rows[name].items()), sep="  ", flush=True)  # fmt: skip
-        results[group] = rows
-        for key in ("recommended", "paid") if group == "services" else ("recommended",):
+        for group, problems in GROUPS.items():
+            name, make = next(iter(problems.items()))
+            for method in METHODS[group]:
+                problem = make(0)
+                problem.budget = 60
+                print(name, method, play(problem, method, 0), made_by(problem, method))
+        return
+    results = played(options.seeds)
+    lines = ["# CONGO on other problems", "", TEXT]
+    for group, rows in results.items():
+        for key in (
+            ("recommended", "paid")
+            if group in ("services", "few evaluations")
+            else ("recommended",)
+        ):
             lines += ["", f"**{group}**, median (worst) of {options.seeds} seeds", ""]
-            lines += table(rows, key, chosen)
+            lines += table(rows, key, METHODS[group])
     print("\n".join(lines))
-    if not options.quick:
-        save("congo_problems", results)
-        (DOCS / "congo_problems.md").write_text(
-            "\n".join(["# CONGO on other problems", *lines, ""])
-        )
-        plot(results["services"], methods)
+    (DOCS / "congo_problems.md").write_text("\n".join([*lines, ""]))
+    plot({**results["services"], **results["few evaluations"]})
 
 
 if __name__ == "__main__":
