@@ -10,7 +10,11 @@ The gradient methods of the paper (E, Z, B, one coordinate at a time, averaged p
 its rule for an unstable system: a round with a window that no job left takes no gradient step but
 raises every allocation by 1. All others are told the mean age of the jobs inside.
 
-    python benchmarks/congo_queueing.py            # about 20 minutes on one core
+Two sets of rows. In the first every method is told the cost. The second has the rules by which the
+published figures were made: E, Z and B are told the latency only and given the price's gradient, +1
+in every entry, after the recovery; perturbations are five times as long.
+
+    python benchmarks/congo_queueing.py            # about 30 minutes on one core
     python benchmarks/congo_queueing.py --quick
 """
 
@@ -23,10 +27,12 @@ import nevergrad as ng
 import numpy as np
 from _congo_runs import DOCS, arguments, save, summary
 
-from trimtab.optimizers import ParametrizedCONGO
+from trimtab.optimizers import ParametrizedCONGO, recovery
 
 ROUNDS = 100
 SETTLE, MEASURE = 30.0, 10.0
+# Empty networks run so long show an overload that a window is too short for.
+LONG = 300.0
 LOWER, UPPER, DELTA = 1.0, 60.0, 0.5
 UNSTABLE_STEP = 1.0
 NODES_1 = "ABCDEFGHIJKLMNO"
@@ -59,6 +65,7 @@ class Setting(tp.NamedTuple):
     learning_rate: tp.Callable[[int], float]
     m: int
     sparsity: int
+    unstable_step: float  # by the paper's rules
 
 
 def _only(kind: int, kinds: int) -> tp.Callable[[int], np.ndarray]:
@@ -106,20 +113,24 @@ def _start(nodes: int, entry: float, others: float) -> np.ndarray:
 SETTINGS = {
     "1 fixed": Setting(
         PATHS_1, 15, _start(15, 10, 10), lambda t: 5.0,
-        lambda t: np.array([0.02, 0.44, 0.02, 0.02, 0.44, 0.02, 0.02, 0.02]), decaying, 8, 6,
+        lambda t: np.array([0.02, 0.44, 0.02, 0.02, 0.44, 0.02, 0.02, 0.02]), decaying, 8, 6, 1.0,
     ),
     "1 arrival rate": Setting(
-        PATHS_1, 15, _start(15, 10, 10), _rate_1, _only(6, 8), decaying, 8, 6
+        PATHS_1, 15, _start(15, 10, 10), _rate_1, _only(6, 8), decaying, 8, 6, 0.5
     ),
     "1 job mix": Setting(
         PATHS_1, 15, _start(15, 10, 7), lambda t: 5.0,
-        _drift([0, 0.5, 0, 0, 0.5, 0, 0, 0], [0, 0.1, 0.3, 0, 0.6, 0, 0, 0]), halving, 8, 6,
+        _drift([0, 0.5, 0, 0, 0.5, 0, 0, 0], [0, 0.1, 0.3, 0, 0.6, 0, 0, 0]), halving, 8, 6, 0.5,
     ),
-    "2 fixed": Setting(PATHS_2, 50, _start(50, 7, 7), lambda t: 5.0, _only(6, 10), one, 17, 10),
-    "2 arrival rate": Setting(PATHS_2, 50, _start(50, 7, 7), _rate_2, _only(2, 10), one, 17, 10),
+    "2 fixed": Setting(
+        PATHS_2, 50, _start(50, 7, 7), lambda t: 5.0, _only(6, 10), one, 17, 10, 0.1
+    ),
+    "2 arrival rate": Setting(
+        PATHS_2, 50, _start(50, 7, 7), _rate_2, _only(2, 10), one, 17, 10, 0.1
+    ),
     "2 job mix": Setting(
         PATHS_2, 50, _start(50, 10, 4), lambda t: 4.0,
-        _drift([0.5, 0, 0.5] + [0] * 7, [0.3, 0, 0.3, 0, 0, 0.2, 0, 0.2, 0, 0]), lower, 17, 10,
+        _drift([0.5, 0, 0.5] + [0] * 7, [0.3, 0, 0.3, 0, 0, 0.2, 0, 0.2, 0, 0]), lower, 17, 10, 0.1,
     ),
 }  # fmt: skip
 
@@ -149,20 +160,27 @@ class Network:
             for node, following in itertools.pairwise(path):
                 self.next[node, kind] = following
         self.now = 0.0
+        self.closed = False
         self.free = np.zeros(nodes)
         # Per service: rows of (arrival at the service, arrival at the network, kind).
         self.pending = [np.zeros((0, 3)) for _ in range(nodes)]
 
-    def run(self, allocation: np.ndarray, rate: float, mix: np.ndarray) -> float:
-        """The cost of ``SETTLE + MEASURE`` time units: mean latency plus allocations.
+    def run(
+        self,
+        allocation: np.ndarray,
+        rate: float,
+        mix: np.ndarray,
+        length: float = SETTLE + MEASURE,
+    ) -> float:
+        """The cost of ``length`` time units: mean latency plus allocations.
 
         The latency is that of the jobs that left in the last ``MEASURE`` units (with
         ``whole_stays``: of those that entered in them too). If none did, the network is marked
         unstable and the latency is the mean age of the jobs inside: what a monitor of an
         overloaded system would report.
         """
-        end = self.now + SETTLE + MEASURE
-        count = self.rng.poisson(rate * (end - self.now))
+        end = self.now + length
+        count = 0 if self.closed else self.rng.poisson(rate * (end - self.now))
         times = np.sort(self.rng.uniform(self.now, end, count))
         kinds = self.rng.choice(len(self.paths), size=count, p=mix)
         entry = self.paths[0][0]
@@ -212,6 +230,7 @@ class Workload:
     def __init__(self, setting: Setting, seed: int, whole_stays: bool = False) -> None:
         self.setting, self.seed, self.whole_stays = setting, seed, whole_stays
         self.round, self.unstable_rounds = 0, 0
+        self.after_long: list[float] = []  # cost after ``LONG`` units at points of the last rounds
         self.network: Network | None = None
 
     def start_round(self, t: int) -> None:
@@ -235,6 +254,9 @@ class Workload:
         """The cost counted: an empty network and, for all algorithms, the same arrivals."""
         s = self.setting
         network = Network(s.paths, s.nodes, np.random.default_rng([self.seed, t, 1]))
+        if t in (ROUNDS - 11, ROUNDS - 1):
+            later = Network(s.paths, s.nodes, np.random.default_rng([self.seed, t, 2]))
+            self.after_long.append(later.run(allocation, s.rate(t), s.mix(t), LONG))
         return network.run(allocation, s.rate(t), s.mix(t))
 
 
@@ -271,6 +293,118 @@ def averaged_perturbations(seed: int) -> tp.Callable:
         return total / workload.setting.m
 
     return estimate
+
+
+# -- the paper's rules -------------------------------------------------------------------------
+
+
+class Told:
+    """A round's evaluations by the paper's rules, around ``x``.
+
+    The entry closes, for the round, before a window that begins with 1,000 jobs inside.
+    """
+
+    def __init__(self, workload: Workload, x: np.ndarray) -> None:
+        self.workload, self.x = workload, x
+
+    def cost(self, step: np.ndarray | float = 0.0, length: float = SETTLE + MEASURE) -> float:
+        workload, network = self.workload, self.workload.network
+        assert network is not None
+        network.closed |= sum(map(len, network.pending)) >= 1000
+        s, t = workload.setting, workload.round
+        self.allocation = np.maximum(self.x + step, 0.001)
+        return network.run(self.allocation, s.rate(t), s.mix(t), length)
+
+    def latency(self, step: np.ndarray | float = 0.0) -> float:
+        return self.cost(step) - float(self.allocation.sum())
+
+
+def latency_e(told: Told, s: Setting, rng: np.random.Generator) -> np.ndarray:
+    rows = rng.standard_normal((s.m, s.nodes))
+    start = told.latency()
+    y = np.array([told.latency(DELTA * row) - start for row in rows]) / DELTA
+    return recovery.cosamp(rows, y, s.sparsity, max_iterations=51).dense(s.nodes)
+
+
+def latency_z(told: Told, s: Setting, rng: np.random.Generator) -> np.ndarray:
+    rows = rng.choice([-1.0, 1.0], (s.m, s.nodes))
+    y = np.array([-told.latency() + told.latency(DELTA * row) for row in rows]) / DELTA
+    return recovery.cosamp(rows, y, s.sparsity, max_iterations=51).dense(s.nodes)
+
+
+def latency_b(told: Told, s: Setting, rng: np.random.Generator) -> np.ndarray:
+    mixing, y = rng.standard_normal((s.m, s.nodes)), np.zeros(s.m)
+    start = told.latency()
+    for signs in rng.choice([-1.0, 1.0], (s.m, s.m)):
+        y += (told.latency(DELTA * signs @ mixing) - start) / DELTA * signs / s.m
+    return recovery.basis_pursuit(mixing, y, 0.01, max_iterations=50).dense(s.nodes)
+
+
+def averaged(
+    told: Told, s: Setting, rng: np.random.Generator, measure: tp.Callable = Told.cost
+) -> np.ndarray:
+    rows, start = rng.choice([-1.0, 1.0], (s.m, s.nodes)), measure(told)
+    return sum((measure(told, DELTA * row) - start) / DELTA * row for row in rows) / s.m
+
+
+def averaged_latency(told: Told, s: Setting, rng: np.random.Generator) -> np.ndarray:
+    return averaged(told, s, rng, Told.latency)
+
+
+def each_coordinate(told: Told, s: Setting, rng: np.random.Generator) -> np.ndarray:
+    """Only the measured part of a window is perturbed."""
+    start, gradient = told.cost(), np.zeros(s.nodes)
+    for i, sign in enumerate(rng.choice([-1.0, 1.0], s.nodes)):
+        told.cost(length=SETTLE)
+        gradient[i] = (told.cost(sign * DELTA * np.eye(s.nodes)[i], MEASURE) - start) / DELTA * sign
+    return gradient
+
+
+def follow(
+    workload: Workload, estimate: tp.Callable | None, price: bool, rng: np.random.Generator
+) -> list[float]:
+    """Descends by the paper's rules; without an estimate, along the price alone."""
+    s = workload.setting
+    x, costs = s.start.copy(), []
+    for t in range(ROUNDS):
+        costs.append(workload.played(t, x))
+        gradient = np.zeros(s.nodes)
+        if estimate is not None:
+            workload.start_round(t)
+            told = Told(workload, x)
+            told.cost()  # the point played
+            gradient = estimate(told, s, rng)
+            if workload.unstable():
+                x = np.clip(x + s.unstable_step, LOWER, UPPER)
+                continue
+        gradient = gradient + float(price)
+        size = float(np.linalg.norm(gradient))
+        if size:
+            x = np.clip(x - s.learning_rate(t) * gradient / size, LOWER, UPPER)
+    return costs
+
+
+def papers_rules(s: Setting) -> dict[str, tuple[int, tp.Callable]]:
+    """Evaluations a round, and the costs of a workload, of methods by the paper's rules."""
+    methods: dict[str, tuple[int, tp.Callable | None, bool]] = {
+        "CONGO_E, given the price": (s.m + 2, latency_e, True),
+        "CONGO_Z, given the price": (2 * s.m + 1, latency_z, True),
+        "CONGO_B, given the price": (s.m + 2, latency_b, True),
+        "one coordinate at a time": (s.nodes + 2, each_coordinate, False),
+        "averaged perturbations": (s.m + 2, averaged, False),
+        "averaged, given the price": (s.m + 2, averaged_latency, True),
+        "price only": (0, None, True),
+    }
+    return {
+        label: (
+            count,
+            lambda w, e=estimate, p=price: follow(w, e, p, np.random.default_rng([w.seed, 4])),
+        )
+        for label, (count, estimate, price) in methods.items()
+    }
+
+
+# -- optimizers of Nevergrad, and PPO ----------------------------------------------------------
 
 
 def play(
@@ -393,18 +527,18 @@ def rows_of(
             "first 20": summary(costs[:, :20].mean(axis=1)),
             "last 20": summary(costs[:, -20:].mean(axis=1)),
             "all": summary(costs.mean(axis=1)),
+            "after 300": summary([float(np.mean(w.after_long)) for w in workloads]),
             "curve": [round(float(c), 2) for c in costs.mean(axis=0)],
         }
         shown = "  ".join(
             f"{part} {rows[label][part]['mean']:7.1f} +- {rows[label][part]['standard_error']:4.1f}"
-            for part in ("first 20", "last 20", "all")
+            for part in ("first 20", "last 20", "all", "after 300")
         )
         print(f"{name:15s} {label:26s} {count:3d}  {shown}", flush=True)
     return rows
 
 
-def measure(name: str, seeds: int, ppo_steps: int) -> dict[str, tp.Any]:
-    s = SETTINGS[name]
+def adaptive(s: Setting) -> dict[str, tuple[int, tp.Callable]]:
     samples = s.m + 2
     congo = ParametrizedCONGO(
         variant="adaptive",
@@ -412,9 +546,15 @@ def measure(name: str, seeds: int, ppo_steps: int) -> dict[str, tp.Any]:
         learning_rate=s.learning_rate,
         normalize=True,
     )
+    return {"CONGO": (samples, lambda w: play(w, congo, samples))}
+
+
+def measure(name: str, seeds: int, ppo_steps: int) -> dict[str, tp.Any]:
+    s = SETTINGS[name]
+    samples = s.m + 2
     model = train_ppo(s, ppo_steps)
     runs: dict[str, tuple[int, tp.Callable]] = {
-        "CONGO": (samples, lambda w: play(w, congo, samples)),
+        **adaptive(s),
         **published(s),
         "PPO": (0, lambda w: play_ppo(w, model)),
     }
@@ -437,20 +577,29 @@ def reproductions(seeds: int) -> dict[str, tp.Any]:
     }
 
 
-def plot(results: dict[str, tp.Any]) -> None:
+def plot(results: dict[str, tp.Any], name: str) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
-    shown = ("CONGO", "CONGO_E", "CONGO_B", "averaged perturbations", "PPO", "CMA")
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
-    for axis, (name, rows) in zip(axes.ravel(), results.items()):
-        for label in shown:
-            axis.plot(rows[label]["curve"], label=label, linewidth=1.2)
-        axis.set_title(f"network {name}", fontsize=10)
-        axis.set_ylim(0, 1.15 * max(rows["CONGO"]["curve"]))
-    axes[0, 0].legend(fontsize=8)
-    figure.supxlabel("round")
-    figure.supylabel("cost at the point played, mean over seeds")
-    figure.savefig(DOCS / "congo_queueing.png", dpi=120)
+    figure, axes = plt.subplots(2, 3, figsize=(11, 7.5), layout="constrained", sharex=True)
+    for axis, (setting, rows) in zip(axes.ravel(), results.items()):
+        for k, (label, row) in enumerate(rows.items()):
+            axis.plot(
+                row["curve"], ("-", "--", ":")[k // 5], color=f"C{k % 5}", label=label, lw=1.8
+            )
+        axis.set_title(f"network {setting}", fontsize=13)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.tick_params(labelsize=12)
+    for axis in axes[1]:
+        axis.set_xlabel("round", fontsize=13)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=12
+    )
+    figure.supylabel("cost at the point played, mean over seeds", fontsize=13)
+    figure.savefig(DOCS / f"{name}.png", dpi=100)
 
 
 def main() -> None:
@@ -462,11 +611,25 @@ def main() -> None:
     results = {
         name: measure(name, options.seeds, 100 if options.quick else 20_000) for name in names
     }
+    print("-- by the paper's rules")
+    by_rules = {
+        name: {
+            "CONGO": results[name]["CONGO"],
+            **rows_of(name, papers_rules(SETTINGS[name]), options.seeds),
+        }
+        for name in names
+    }
     if options.quick:
         return
-    content: dict[str, tp.Any] = {"rounds": ROUNDS, "ppo_steps": 20_000, "settings": results}
+    content: dict[str, tp.Any] = {
+        "rounds": ROUNDS,
+        "ppo_steps": 20_000,
+        "settings": results,
+        "papers_rules": by_rules,
+    }
     save("congo_queueing", content)
-    plot(results)
+    plot(results, "congo_queueing")
+    plot(by_rules, "congo_queueing_rules")
     save("congo_queueing", {**content, "entered_and_left": reproductions(options.seeds)})
 
 
