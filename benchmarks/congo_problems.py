@@ -294,6 +294,7 @@ def play(problem: Problem, method: str, seed: int) -> dict[str, float]:
         optimizer, workers = Generated(OWN[method], parametrization, seed), 1
     elif method in OTHERS:
         optimizer = OTHERS[method](parametrization, workers, seed)
+        start_value = parametrization.value  # of choices a child draws its own
     else:
         algorithm = ng.optimizers.registry[method]
         workers = 1 if algorithm.no_parallelization else workers
