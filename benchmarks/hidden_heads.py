@@ -143,7 +143,7 @@ def train(
     chosen = chosen[: variant.trees]
     model.set_statistics(item["hidden"] for item in chosen)
     set_values(model, chosen)
-    if variant.sums and len(chosen) != DEMO:  # else they have that of all the demo's
+    if variant.sums and not min(len(items), DEMO) <= len(chosen) <= DEMO:  # else they have it
         add_baseline(chosen, [], embedding, torch.device("cpu"))
     elif not variant.sums:
         values = fit_values(chosen, lambda item: model.standardize(item["hidden"]))[1]
@@ -220,7 +220,7 @@ def measure_at_some_prefixes(
                 values[rows[part]] = output.logits[0, at[part]][:, order]
                 advantages[rows[part]] = output.candidate_logits[0][..., order]
         rows = collate_rows([item])
-        rows["reach"] = rows["reach"] * used[rows["previous"]][:, None]
+        rows["reach"] *= (used[rows["previous"]] | (rows["depths"] == 0))[:, None]
         found[0].append(efficiency_sums(rows, values, advantages).numpy())
         values, advantages = read_heads(other[0], rows, other[1])
         found[1].append(efficiency_sums(rows, values, advantages.mean(0)).numpy())

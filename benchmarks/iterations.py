@@ -1,12 +1,13 @@
 """What iterations of MAVIS gain on SmolLM2: reward, KL and `reward - KL / beta` on unseen prompts.
 
     python benchmarks/iterations.py            # half an hour a seed on two cores, resumable
+    python benchmarks/iterations.py --head_type state --out docs/iterations.json
 
 Each seed trains heads, or a four-layer state head, of four objectives from nothing: trees of the
 base model, then trees of each objective's own policy, sampled by vLLM. They guide with the scale
 that responses to held-out prompts bear out: with heads, of the policy before, with a state head, of
-the base model. Writes docs/iterations.json, its plot and table: medians over the seeds, each policy
-with the bootstrap interval of its median seed.
+the base model. Writes docs/iterations_heads.json, its plot and table: medians over the seeds, each
+policy with the bootstrap interval of its median seed.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def make_parser(description: str, out: str, head_type: str) -> argparse.Argument
 
 
 def main() -> None:
-    parser = make_parser(__doc__ or "", "docs/iterations.json", "hidden")
+    parser = make_parser(__doc__ or "", "docs/iterations_heads.json", "hidden")
     parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train_seed is not None:

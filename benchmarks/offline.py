@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from hidden_heads import (
+    DEMO,
     MAX_LENGTH,
     OBJECTIVES,
     TOP_K,
@@ -80,7 +81,8 @@ def items_of(
         rows_by_response = {tuple(tokens): rows for tokens, _, rows in responses_of(trees[at])}
         rows = [rows_by_response[tuple(node.tokens)] for node in tree.nodes[1:]]
         values = np.stack([tree.values(name) for name in names], axis=-1)
-        item = tree_rows(tree, (values - mean) / std)
+        told = np.stack([tree.known(name) for name in names], axis=-1)
+        item = tree_rows(tree, (values - mean) / std, told)
         gathered = np.concatenate([[0], *rows])
         np.testing.assert_array_equal(item["tokens"], read[at]["tokens"][gathered])
         items.append({**item, **{n: read[at][n][gathered] for n in READ}, "tree": at})
@@ -125,15 +127,15 @@ def correlation(model: Any, held_out: list[dict[str, Any]]) -> np.ndarray:
     sums = 0.0
     for item in held_out:
         values = model.value(model.standardize(item["hidden"]))
-        labels, share = torch.as_tensor(item["labels"]), torch.as_tensor(item["reach"])[:, None]
-        v, y = (x - (share * x).sum(0) / share.sum() for x in (values, labels))
+        labels, share = torch.as_tensor(item["labels"]), torch.as_tensor(item["reach"])
+        v, y = (x - (share * x).sum(0) / share.sum(0) for x in (values, labels))
         sums = sums + torch.stack([(share * x).sum(0) for x in (v * y, v * v, y * y)])
     return (sums[0].square() / (sums[1] * sums[2])).numpy()
 
 
 def of_objective(items: list[dict[str, Any]], i: int) -> list[dict[str, Any]]:
     """Items with one of the objectives."""
-    return [{**x, **{n: x[n][:, [i]] for n in ("labels", "baseline")}} for x in items]
+    return [{**x, **{n: x[n][:, [i]] for n in ("labels", "reach", "baseline")}} for x in items]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -221,7 +223,7 @@ def main() -> None:
         "command": " ".join(["python benchmarks/offline.py", *sys.argv[1:]]),
         "members": args.members,
         "seeds": args.seeds,
-        "steps": int(variant.epochs * len(read["train"]) / 4),
+        "steps": int(variant.epochs * DEMO / 4),
         "trees": len(trees["train"]),
         "responses": sum(len(tree.leaves()) for tree in trees["train"]),
         "held_out": len(held_out),
