@@ -29,10 +29,10 @@ A flag overrides the same key of the YAML file. The main ones:
 
   model_name_or_path    base model, a folder or hub id; or a value model to train on
   dataset_name          file of prompts (.jsonl, .json, .parquet), or a dataset's hub id
-  reward_funcs          NAME=MODULE:FUNCTION or NAME=MODEL_ID, one or more; modules are
-                        looked for in the working directory and beside the YAML file
+  reward_funcs          NAME=MODULE:FUNCTION or NAME=MODEL_ID, one or more; modules are looked
+                        for in the working directory and beside the YAML file. Without any,
+                        the dataset is of responses with scores, or of pairs
   output_dir            where the value model, its checkpoints and the rollouts go
-  head_type             hidden: heads on the served model's own hidden state
   use_vllm              sample with vLLM in this process (vllm_server_base_url: elsewhere)
   max_completion_length tokens of a response
   layers, children      shape of the trees of responses
@@ -88,8 +88,9 @@ class MAVISScriptArguments:
         dataset_name (`str`):
             Name of a dataset on the Hub, or path of a JSON or Parquet file with a prompt in each
             row. A file may have a column `"split"`.
-        reward_funcs (`list[str]`):
-            Objectives, as `name=module:function` or `name=model_id`.
+        reward_funcs (`list[str]`, *optional*):
+            Objectives, as `name=module:function` or `name=model_id`. Without any, the dataset is of
+            responses with their scores, or of pairs, and nothing is sampled.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
@@ -102,8 +103,12 @@ class MAVISScriptArguments:
             "in each row. A file may have a column 'split'."
         }
     )
-    reward_funcs: list[str] = field(
-        metadata={"help": "Objectives, as `name=module:function` or `name=model_id`."}
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Objectives, as `name=module:function` or `name=model_id`. Without any, the "
+            "dataset is of responses with their scores, or of pairs, and nothing is sampled."
+        },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
@@ -260,11 +265,12 @@ def make_trainer(command: str, arguments: Sequence[str]) -> tuple[MAVISTrainer, 
     if of_model:
         training_args.model_init_kwargs = {**of_model, **(training_args.model_init_kwargs or {})}
     dataset = load_prompts(script_args)
-    reward_funcs = [load_reward_func(spec, (".", folder)) for spec in script_args.reward_funcs]
+    specs = script_args.reward_funcs
+    reward_funcs = [load_reward_func(spec, (".", folder)) for spec in specs or ()]
     trainer = MAVISTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        reward_funcs=dict(reward_funcs),
+        reward_funcs=None if specs is None else dict(reward_funcs),
         train_dataset=dataset[script_args.dataset_train_split],
         eval_dataset=dataset.get(script_args.dataset_test_split),
         peft_config=get_peft_config(model_args),

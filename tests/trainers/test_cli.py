@@ -91,6 +91,28 @@ def test_train_from_yaml(folder):
     assert "eval_explained_variance/goodness" in metrics
 
 
+def test_train_on_scored_responses_needs_no_reward_function(folder, base_model):
+    rows = [
+        {"prompt": w, "completion": " good" if w < "d" else " bad", "mood": w < "d", "split": split}
+        for split, words in (("train", "abcdef"), ("test", "ghab"))
+        for w in words
+    ]
+    (folder / "logs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = {
+        "model_name_or_path": base_model,
+        "dataset_name": "logs.jsonl",
+        "output_dir": "value_model",
+        "max_completion_length": "8",
+        "use_cpu": "true",
+        "report_to": "none",
+    }
+    assert run("train", *(part for k, v in flags.items() for part in (f"--{k}", v))) == 0
+    config = load_config(str(folder / "value_model"))
+    assert config.objectives == ["mood"] and config.head_type == "hidden"
+    stored = json.loads((folder / "value_model/rollouts/train/rollouts.json").read_text())
+    assert stored["source"] == "data" and stored["responses"] == 6
+
+
 def test_rollouts_are_collected_scored_and_shown(folder, capsys):
     config = ["--config=below/config.yaml"]
     assert run("rollouts", "score", *config) == 2, "nothing is there to score"
