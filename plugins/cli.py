@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,21 @@ def serve(arguments: list[str]) -> int:
         command = serve_command(
             options.model, options.value_models, options.additional_config, further
         )
-    print(shlex.join(command), flush=True)
-    os.execvp(command[0], command)
+    environment = {"VLLM_PLUGINS": vllm_plugins(), **os.environ}
+    plugins = shlex.quote(environment["VLLM_PLUGINS"])
+    print(f"VLLM_PLUGINS={plugins} {shlex.join(command)}", flush=True)
+    os.execvpe(command[0], command, environment)
+
+
+def vllm_plugins() -> str:
+    """The plugins that vLLM loads where none are named, and our endpoint's, which has to be."""
+    named = {
+        plugin.name
+        for group in entry_points().groups
+        if group.startswith("vllm.") and group != "vllm.endpoint_plugins"
+        for plugin in entry_points(group=group)
+    }
+    return ",".join(sorted({"mavis", *named}))
 
 
 def serve_command(

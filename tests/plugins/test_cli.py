@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, entry_points
 from pathlib import Path
 
 import pytest
@@ -102,7 +102,7 @@ def test_what_is_no_value_model_is_named(base_model, value_model, tmp_path, caps
 def executed(monkeypatch):
     """Commands that `serve` became."""
     found: list[list[str]] = []
-    monkeypatch.setattr(os, "execvp", lambda file, command: found.append(command))
+    monkeypatch.setattr(os, "execvpe", lambda file, command, env: found.append(command))
     monkeypatch.setattr(cli, "find_spec", lambda name: object())
     monkeypatch.setattr(cli, "version", lambda name: "0.32.0")
     return found
@@ -130,6 +130,19 @@ def test_serve_becomes_vllm_with_the_flags(base_model, value_model, salty_model,
     }
     assert flags[4:] == further
     assert f"vllm serve {base_model}" in capsys.readouterr().out
+
+
+def test_serve_loads_our_endpoint_and_what_vllm_would(base_model, value_model, monkeypatch):
+    environments = []
+    monkeypatch.setattr(os, "execvpe", lambda file, command, env: environments.append(env))
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    serve(base_model, value_model)
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs")
+    serve(base_model, value_model)
+    named, given = (environment["VLLM_PLUGINS"] for environment in environments)
+    general = {plugin.name for plugin in entry_points(group="vllm.general_plugins")}
+    assert {"mavis", *general} <= set(named.split(","))
+    assert given == "theirs"
 
 
 def test_serve_does_without_the_command(base_model, value_model, executed, monkeypatch):
