@@ -437,6 +437,11 @@ class MAVISTrainer(Trainer):
             longest is None or longest + args.max_completion_length > context
         ):
             longest = context - args.max_completion_length
+            if longest < 1:
+                raise ValueError(
+                    f"`max_completion_length` is {args.max_completion_length}, which leaves no "
+                    f"room for a prompt in the model's context of {context} tokens: lower it"
+                )
         tools = dataset["tools"] if "tools" in dataset.column_names else None
         of_template: Any = args.chat_template_kwargs
         prompt_ids = []

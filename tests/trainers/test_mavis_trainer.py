@@ -415,6 +415,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"row 0 .* 2 tokens, 1 to 1 .*max_prompt_length=1"):
             trainer(base_model, tmp_path, data=long, max_prompt_length=1)
 
+    def test_completions_that_leave_no_room_for_a_prompt(self, base_model, tmp_path):
+        message = "`max_completion_length` is 128, which leaves no room .* context of 128 tokens"
+        with pytest.raises(ValueError, match=message):
+            trainer(base_model, tmp_path, max_completion_length=128)
+
     def test_conversation_without_a_chat_template(self, base_model, tmp_path):
         data = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}])
         with pytest.raises(ValueError, match="no chat template"):
