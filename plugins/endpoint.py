@@ -29,7 +29,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 PATHS = ("/completions", "/responses")  # of requests that sample
 # Where clients put what they mean for `vllm_xargs`
-CONTAINERS = ("extra_body", "extra_args", "sampling_params", "extra_query", "extra_headers")
+CONTAINERS = ("extra_body", "extra_args")
 REMEDY = (
     'put it into "vllm_xargs": an OpenAI client sends '
     'extra_body={"vllm_xargs": {"mavis_weights": "…"}}, and JSON has "vllm_xargs" at its top level'

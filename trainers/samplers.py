@@ -348,10 +348,11 @@ class ServerSampler:
 
     def _leave_out(self, url: str, error: Exception) -> None:
         self.servers.pop(url, None)
-        logger.warning(
-            f"the server at {url!r} is left out, its work goes to {sorted(self.servers)}: "
-            f"{error or type(error).__name__}"
-        )
+        if self.servers:  # without any, an error says so
+            logger.warning(
+                f"the server at {url!r} is left out, its work goes to {sorted(self.servers)}: "
+                f"{error or type(error).__name__}"
+            )
 
     def _refuse(self, failures: Mapping[str, Exception]) -> None:
         found = "; ".join(f"{url}: {e or type(e).__name__}" for url, e in failures.items())
