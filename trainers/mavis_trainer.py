@@ -899,6 +899,8 @@ class MAVISTrainer(Trainer):
         self._run.begin(iteration, self._inputs, self.is_world_process_zero())
         if self._heads is not None:
             self._heads.resume(checkpoint)
+        # Engines and reward functions have drawn random numbers, or not where all is stored.
+        set_seed(self.args.seed)
         return Trainer.train(self, checkpoint, *args, **kwargs)
 
     def _changed(self, inputs: Mapping[str, Any]) -> list[str]:

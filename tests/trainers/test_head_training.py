@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -572,6 +573,22 @@ def test_what_a_policy_sampled_is_learnt_from_under_that_policy(iterated):
 def test_arguments_that_heads_do_not_take_are_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         MAVISConfig(str(tmp_path), head_type="hidden", use_cpu=True, **fields)
+
+
+def test_what_came_before_training_leaves_no_trace_in_the_weights(base_model, tmp_path):
+    """Engines and reward functions draw random numbers; stored rollouts need neither."""
+
+    def careless(completions, **kwargs):
+        torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
+        return goodness(completions)
+
+    def weights(name):
+        fields = {**FIELDS, "rollout_dir": str(tmp_path / "rollouts"), "num_train_epochs": 2}
+        made = trainer(base_model, tmp_path / name, {"goodness": careless}, prompts(9), **fields)
+        made.train()
+        return made.model.state_dict()
+
+    torch.testing.assert_close(weights("sampled"), weights("stored"), rtol=0, atol=0)
 
 
 def test_too_few_prompts_to_hold_any_out_are_refused_before_sampling(base_model, tmp_path):
