@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from trimtab.plugins.guidance import step_kl, top_candidates
 from trimtab.plugins.guide import Guide
+from trimtab.plugins.policy import step_kl, top_candidates
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trimtab.plugins import MAVISValueConfig, MAVISValueModel
-from trimtab.plugins.probe import check_servable
+from trimtab.plugins.engine import check_servable
 
 DOCS = Path(__file__).parents[1] / "docs"
 MAX_LENGTH = 64

@@ -23,7 +23,7 @@ import numpy as np
 from trimtab.trainers import MAVISConfig, MAVISTrainer, read_rollouts
 from trimtab.trainers.cli import MAVISScriptArguments, load_prompts
 from trimtab.trainers.packing import TreeDataset
-from trimtab.trainers.rollouts import Tree
+from trimtab.trainers.trees import Tree
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import rewards

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from trimtab.plugins.value_model import load_config
+from trimtab.plugins.value_config import load_config
 from trimtab.trainers import Policy, Response, evaluate, sweep, write_report
 from trimtab.trainers.iterations import guidance_fingerprint
 from trimtab.trainers.mavis_trainer import end_tokens
-from trimtab.trainers.rollouts import TreeConfig
 from trimtab.trainers.samplers import VLLMSampler
+from trimtab.trainers.trees import TreeConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _policies import ROOT, read_prompts, rewards

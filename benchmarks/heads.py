@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 from trimtab.plugins import MAVISValueModel
-from trimtab.plugins.guidance import step_kl, top_candidates
+from trimtab.plugins.policy import step_kl, top_candidates
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 ROOT = Path(__file__).parents[1]

@@ -48,7 +48,7 @@ from trimtab.trainers.head_training import (
 from trimtab.trainers.hidden_states import HeadDataset, cache_hidden_states, row_starts, tree_rows
 from trimtab.trainers.preferences import UTILITY_STD, WIN
 from trimtab.trainers.rewards import reward_statistics
-from trimtab.trainers.rollouts import Node
+from trimtab.trainers.trees import Node
 
 ROOT = Path(__file__).parents[1]
 READ = ("hidden", "candidates", "log_probs")  # by the base model

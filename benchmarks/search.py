@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel, beam_search, best_of_n
-from trimtab.plugins.guidance import step_kl, top_candidates
+from trimtab.plugins.policy import step_kl, top_candidates
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 ROOT = Path(__file__).parents[1]

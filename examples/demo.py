@@ -162,8 +162,8 @@ def response_kl(base: Path, value_model: Path, responses: list[dict[str, Any]]) 
     from transformers import AutoModelForCausalLM
 
     from trimtab.plugins import GuidanceParams, MAVISValueModel
-    from trimtab.plugins.guidance import step_kl
     from trimtab.plugins.heads import HeadGuide
+    from trimtab.plugins.policy import step_kl
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     guide = HeadGuide([MAVISValueModel.load(str(value_model))], 1, torch.device("cpu"))

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from .heads import MAVISValueHeads
     from .params import GuidanceParams
     from .search import SearchOutput, beam_search, best_of_n
-    from .value_model import MAVISValueConfig, MAVISValueModel
+    from .value_config import MAVISValueConfig
+    from .value_model import MAVISValueModel
 
 _MODULES = {
     "GuidanceParams": "params",
-    "MAVISValueConfig": "value_model",
+    "MAVISValueConfig": "value_config",
     "MAVISValueHeads": "heads",
     "MAVISValueModel": "value_model",
     "SearchOutput": "search",

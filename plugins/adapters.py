@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file, find_adapter_config_file
 
-from .value_model import MAVISValueModel, check_finite, load_config
+from .value_config import load_config
+from .value_model import MAVISValueModel, check_finite
 
 
 class LoRALinear(nn.Module):

@@ -42,7 +42,7 @@ def inspect(arguments: list[str]) -> int:
     )
     parser.add_argument("value_model", metavar="VALUE_MODEL", help="folder or hub id")
     options = parser.parse_args(arguments)
-    from .value_model import load_config
+    from .value_config import load_config
 
     with bad_input("inspect"):
         config = load_config(options.value_model)
@@ -108,7 +108,7 @@ def check(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from transformers import AutoConfig, AutoTokenizer
 
-    from .value_model import base_model_fingerprint, load_config
+    from .value_config import base_model_fingerprint, load_config
 
     with bad_input("check"):
         config = load_config(options.value_model)
@@ -277,7 +277,7 @@ def serve_command(
             "machine without a GPU"
         )
     from .params import GuidanceConfig
-    from .value_model import load_config
+    from .value_config import load_config
 
     mavis = {"value_models": list(value_models), **mavis}
     config = GuidanceConfig.from_dict(mavis)

@@ -9,6 +9,7 @@ weights or host engines.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from .attention import ATTENTION, BLOCK_SIZE, Step, Store, head_dim, kv_heads
+from .devices import to_device
 from .probe import Probe, refused
 from .value_model import MAVISValueModel
 
@@ -494,11 +496,19 @@ class ValueEngine:
         return to_device(torch.from_numpy(np.ascontiguousarray(array)), self.device)
 
 
-def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that the host does not wait for: of pinned memory, where the device is a GPU."""
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+def check_servable(model: MAVISValueModel, max_length: int) -> None:
+    """Try the engine on a copy of a value model, before hours are spent on training it.
+
+    Args:
+        model: A value model on a CPU, in float32 or bfloat16.
+        max_length: Longest text, in tokens.
+
+    Raises:
+        ValueError: The value engine does not support its backbone; the message names its type.
+    """
+    with refused(model.config.text_config):
+        model = copy.deepcopy(model)
+    ValueEngine([model], num_slots=1, max_length=max_length)
 
 
 def _check_attention(model: MAVISValueModel) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .engine import History, ValueEngine, to_device
-from .guidance import count_likely, guide, top_candidates
+from .devices import to_device
+from .engine import History, ValueEngine
 from .params import GuidanceParams
+from .policy import count_likely, guided_policy, top_candidates
 
 
 class Guide:
@@ -104,7 +105,7 @@ class Guide:
 
         values = self.engine.values(slots, lengths, last_tokens, candidates, history, counts)
         limited = np.isfinite(chosen[:, -2]).any()
-        log_policy = guide(
+        log_policy = guided_policy(
             log_probs, values, weights, beta, budget if limited else None, temperature
         )
         # The first candidate is every row's own, whatever the largest k of the batch.

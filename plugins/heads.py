@@ -14,24 +14,22 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .engine import to_device
-from .guidance import guide, top_candidates
+from .cards import model_card
+from .devices import to_device
 from .hidden_states import checkpoint_fingerprint
 from .params import GuidanceParams
-from .value_model import (
-    MAVISValueConfig,
-    MAVISValueModel,
-    base_model_fingerprint,
-    model_card,
-    tokenizer_fingerprint,
-)
+from .policy import guided_policy, top_candidates
+from .value_config import MAVISValueConfig, base_model_fingerprint, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from .value_model import MAVISValueModel
 
 DROPOUT = 0.1
 MIN_STD = 1e-6  # of a feature: one that never changes says nothing
@@ -419,7 +417,7 @@ class HeadGuide:
         )
         scores = self.scores(hidden, candidates, weights)[..., None]
         one, limit = torch.ones_like(weights[:, :1]), budget if rows.limited else None
-        log_policy = guide(log_probs, scores, one, beta, limit, temperature)
+        log_policy = guided_policy(log_probs, scores, one, beta, limit, temperature)
         # The first candidate is every row's own, whatever the largest k of the batch.
         scale = logits.gather(1, candidates[:, :1]) - log_probs[:, :1]
         return candidates, log_policy, scale

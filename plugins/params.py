@@ -94,7 +94,7 @@ class GuidanceConfig:
         kl_budget: Default limit in nats per step.
         max_top_k: Largest `mavis_top_k` that a request may ask for: it is what the request costs.
         prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
-            0 is exact. See [`count_likely`][trimtab.plugins.guidance.count_likely].
+            0 is exact. See [`count_likely`][trimtab.plugins.policy.count_likely].
         dtype: Of the value models: float32, bfloat16, float16; by default the served model's.
         kv_cache_memory_gib: Upper bound of the value models' key-value store; by default room for
             `max_num_seqs` sequences of `max_model_len` tokens, at most 1 GiB.

@@ -7,14 +7,12 @@ and two candidates, the plain way first and then through the engine, before it s
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .attention import ATTENTION, BLOCK_SIZE, TAKEN
-from .value_model import MAVISValueModel
 
 CANDIDATES = 2
 BEYOND = 8  # tokens of a prefix beyond the last length at which something changes
@@ -108,20 +106,3 @@ def probe_length(config: Any, max_length: int) -> int:
             and value < max_length
         ]
     return max(1, min(max(marks) + BEYOND, max_length - 1))
-
-
-def check_servable(model: MAVISValueModel, max_length: int) -> None:
-    """Try the engine on a copy of a value model, before hours are spent on training it.
-
-    Args:
-        model: A value model on a CPU, in float32 or bfloat16.
-        max_length: Longest text, in tokens.
-
-    Raises:
-        ValueError: The value engine does not support its backbone; the message names its type.
-    """
-    from .engine import ValueEngine
-
-    with refused(model.config.text_config):
-        model = copy.deepcopy(model)
-    ValueEngine([model], num_slots=1, max_length=max_length)

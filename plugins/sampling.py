@@ -20,7 +20,7 @@ from transformers import LogitsProcessor
 from .heads import MAVISValueHeads, value_of_code
 from .hidden_states import OutputLayerInput
 from .transformers import MAVISLogitsProcessor
-from .value_model import MAVISValueConfig
+from .value_config import MAVISValueConfig
 
 # What a host counts from where a call begins, which a round is not the first token of.
 COUNTED = {

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from .engine import GIB, ValueEngine
-from .guidance import top_candidates
 from .heads import MAVISValueHeads, are_heads
 from .params import GuidanceParams, parse_weights
+from .policy import top_candidates
 from .sampling import TransformersHost, VLLMHost, as_list, left_padded, sample
 from .transformers import check_base_model, left_padding, open_value_models
-from .value_model import MAVISValueConfig, MAVISValueModel, load_config
+from .value_config import MAVISValueConfig, load_config
+from .value_model import MAVISValueModel
 
 
 @dataclass(frozen=True)

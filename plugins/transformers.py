@@ -16,7 +16,8 @@ from .guide import Guide
 from .heads import HeadGuide, MAVISValueHeads, are_heads
 from .hidden_states import OutputLayerInput, check_checkpoint
 from .params import GuidanceParams, check_number, parse_weights
-from .value_model import MAVISValueModel, base_model_fingerprint, tokenizer_fingerprint
+from .value_config import base_model_fingerprint, tokenizer_fingerprint
+from .value_model import MAVISValueModel
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +43,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
         model: The base model, whose hidden states heads read. With these, no `attention_mask` is
             needed.
         prune_eps: Candidates of a state head that cannot become likelier than this are not valued;
-            0 is exact. See [`count_likely`][trimtab.plugins.guidance.count_likely].
+            0 is exact. See [`count_likely`][trimtab.plugins.policy.count_likely].
         dtype: Of the value models; by default float32 on a CPU and bfloat16 elsewhere.
         kv_cache_memory_gib: Upper bound of the value models' key-value store.
 

@@ -35,7 +35,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .adapters import load_value_models
-from .engine import GIB, History, ValueEngine, to_device
+from .devices import to_device
+from .engine import GIB, History, ValueEngine
 from .guide import Guide
 from .heads import HeadGuide, MAVISValueHeads, Rows, are_heads
 from .hidden_states import (
@@ -47,13 +48,13 @@ from .hidden_states import (
     watch_vllm,
 )
 from .params import GuidanceConfig, GuidanceParams, argument, read_request, request_params
-from .value_model import (
+from .value_config import (
     MAVISValueConfig,
-    MAVISValueModel,
     base_model_fingerprint,
     load_config,
     tokenizer_fingerprint,
 )
+from .value_model import MAVISValueModel
 from .vllm_internals import ModelRunner, calling, samples
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from tests.conftest import make_heads, make_tokenizer, make_value_model
 from tests.reference import Reference
 from tests.trainers.test_rollouts import grow
 from trimtab.plugins import MAVISValueModel, ValueEngine
-from trimtab.trainers.rollouts import TreeConfig, write_trees
+from trimtab.trainers.trees import TreeConfig, write_trees
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,10 +1,12 @@
 """The package as `pip install` leaves it, away from the clone."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,6 +64,24 @@ def test_wheel_holds_all_subpackages(installed, tmp_path):
     for package in ("plugins", "trainers", "optimizers"):
         names = {path.name for path in (ROOT / package).glob("*.py")}
         assert names <= {path.name for path in (installed / "trimtab" / package).glob("*.py")}
+
+
+def imports(path):
+    """Modules of its own package that a module imports by `from .x import`, at whatever time."""
+    found, later = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            later |= set(ast.walk(node))
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node not in later:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", ["plugins", "trainers", "optimizers", "optimizers/tune"])
+def test_modules_import_each_other_in_no_circle(package):
+    graph = {path.stem: imports(path) for path in (ROOT / package).glob("*.py")}
+    order = list(TopologicalSorter(graph).static_order())  # a circle raises
+    assert set(graph) <= set(order) and any(graph.values())
 
 
 def test_wheel_trains_from_twenty_rows(installed, tmp_path):

@@ -145,8 +145,8 @@ def test_greedy_answers_equal_the_plain_computation(client, smollm2, quality):
 def test_rollouts_are_sampled_over_http(client, smollm2, quality):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trimtab.trainers.rollouts import TreeConfig
     from trimtab.trainers.samplers import ServerSampler, prompt_log_probs
+    from trimtab.trainers.trees import TreeConfig
 
     tokens = list(range(1000, 1064))
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         sweep,
     )
     from .pareto_report import write_report
-    from .rollouts import Tree, read_rollouts
+    from .rollouts import read_rollouts
+    from .trees import Tree
 
 _MODULES = {
     "MAVISConfig": "mavis_config",
@@ -32,7 +33,7 @@ _MODULES = {
     "Point": "pareto",
     "Policy": "pareto",
     "Response": "pareto",
-    "Tree": "rollouts",
+    "Tree": "trees",
     "distinct_n": "pareto",
     "evaluate": "pareto",
     "hypervolume": "pareto",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +22,11 @@ from transformers.utils import logging
 
 from trimtab.plugins.params import check_objective_name
 
+from .files import replacing, write_json
 from .preferences import WIN
-from .rollouts import FORMAT, MARGIN, Node, Tree, write_trees
-from .run_state import trees_fingerprint, write_json
+from .run_state import trees_fingerprint
 from .samplers import SERVER_TOLERANCE, prompt_log_probs
+from .trees import FORMAT, MARGIN, Node, Tree, write_trees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -481,16 +481,12 @@ def write_rollouts(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if not found:
         raise ValueError(f"there are no rollouts to write to {str(path)!r}")
     dataset = _dataset_of(found, "the rollouts")
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         if path.suffix == ".jsonl":
             for row in found:
                 file.write(json.dumps(row).encode() + b"\n")
         else:
             pq.write_table(dataset.data.table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_rollout_file(path: Path) -> Dataset:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from trimtab.plugins.hidden_states import OutputLayerInput
 
 from .packing import DataCollatorForTrees, pack_tree
-from .rollouts import MARGIN, Tree, read_trees
+from .trees import MARGIN, Tree, read_trees
 
 FORMAT = 1  # of the files
 TOLERANCE = 0.05  # relative, of a hidden state computed in its tree

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.plugins.value_model import load_config
+from trimtab.plugins.value_config import load_config
 
 from .pareto import interval, prompt_draws
-from .rollouts import Tree
+from .trees import Tree
 
 
 def guidance_fingerprint(folder: str | Path) -> str:

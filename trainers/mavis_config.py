@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from trimtab.plugins.value_model import HEAD_TYPES
+from trimtab.plugins.value_config import HEAD_TYPES
 
 
 @dataclass

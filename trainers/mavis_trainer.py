@@ -35,16 +35,11 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from trimtab.plugins.cards import model_card, provenance
+from trimtab.plugins.engine import check_servable
 from trimtab.plugins.heads import MAVISValueHeads
-from trimtab.plugins.probe import check_servable
-from trimtab.plugins.value_model import (
-    MAVISValueConfig,
-    MAVISValueModel,
-    load_config,
-    model_card,
-    provenance,
-    tokenizer_fingerprint,
-)
+from trimtab.plugins.value_config import MAVISValueConfig, load_config, tokenizer_fingerprint
+from trimtab.plugins.value_model import MAVISValueModel
 
 from .candidates import (
     RANGE_POSITIONS,
@@ -64,6 +59,7 @@ from .data import (
     tokenize,
     with_prompts,
 )
+from .files import write_json
 from .fingerprints import identify, state_fingerprint, weights_fingerprint
 from .head_training import HELD_OUT, HeadMetrics, HeadTraining
 from .hidden_states import collate_rows
@@ -72,7 +68,7 @@ from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
 from .preferences import UTILITY_STD, pair_loss
 from .rewards import RewardLog, load_reward_funcs, reward_statistics
-from .rollouts import Tree, TreeConfig, collect_rollouts, read_rollouts, switch_policy
+from .rollouts import collect_rollouts, read_rollouts, switch_policy
 from .run_state import (
     INPUTS,
     RunState,
@@ -81,7 +77,6 @@ from .run_state import (
     checkpoints,
     differences,
     trees_fingerprint,
-    write_json,
 )
 from .samplers import (
     Sampler,
@@ -91,6 +86,7 @@ from .samplers import (
     load_causal_lm,
     prompt_log_probs,
 )
+from .trees import Tree, TreeConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig

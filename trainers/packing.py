@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from .rollouts import MARGIN, Tree
+from .trees import MARGIN, Tree
 
 CANDIDATE_COLUMNS = ("candidate_positions", "candidates", "candidate_log_probs")
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from .files import write_json
 from .rewards import compute_rewards, identify, load_reward_funcs
 
 
@@ -399,7 +400,7 @@ def sweep(
                 scores = getattr(point, kind)
                 scores[name] = np.concatenate([scores.get(name, column[:0]), column])
         if changed:
-            _write(stored.pop("path"), stored)
+            write_json(stored.pop("path"), stored, indent=None)
     return [point for _, point in points]
 
 
@@ -438,14 +439,8 @@ def _stored(
         **identity,
         "responses": [asdict(response) for response in responses],
     }
-    _write(path, stored)
+    write_json(path, stored, indent=None)
     return {**stored, "path": path}
-
-
-def _write(path: Path, stored: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(stored) + "\n")
-    partial.replace(path)
 
 
 def _score(

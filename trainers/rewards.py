@@ -24,7 +24,7 @@ from .fingerprints import digest_of, identify
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .rollouts import Tree
+    from .trees import Tree
 
 __all__ = [
     "ClassifierReward", "RewardLog", "compute_rewards", "identify", "load_reward_funcs",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,9 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from .files import write_json
 from .fingerprints import safetensors_header
-from .rollouts import Tree
+from .trees import Tree
 
 logger = logging.get_logger(__name__)
 
@@ -93,16 +93,6 @@ class RunState:
 
     def _write(self) -> None:
         write_json(self.folder / STATE, {"format": FORMAT, "iterations": self.iterations})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def arguments_of(args: Any) -> dict[str, Any]:

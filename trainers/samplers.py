@@ -24,7 +24,7 @@ from trimtab.plugins.adapters import load_value_models
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 if TYPE_CHECKING:
-    from .rollouts import TreeConfig
+    from .trees import TreeConfig
 
 logger = logging.get_logger(__name__)
 

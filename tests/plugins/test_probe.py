@@ -8,7 +8,8 @@ import transformers
 
 from tests.plugins.test_engine import BACKBONES, MAX_LENGTH, make_model
 from trimtab.plugins import MAVISValueConfig, MAVISValueModel, ValueEngine
-from trimtab.plugins.probe import check_servable, probe_length
+from trimtab.plugins.engine import check_servable
+from trimtab.plugins.probe import probe_length
 
 SIZES = {
     "vocab_size": 24,

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.conftest import VOCAB_SIZE, make_tokenizer, make_value_model
 from trimtab.plugins import MAVISValueConfig, MAVISValueModel
-from trimtab.plugins.value_model import load_config, provenance, tokenizer_fingerprint
+from trimtab.plugins.cards import provenance
+from trimtab.plugins.value_config import load_config, tokenizer_fingerprint
 
 IDS = torch.arange(3, 13)[None]
 

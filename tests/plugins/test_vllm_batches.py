@@ -266,7 +266,7 @@ class BlockingCopies(TorchDispatchMode):
     """Notes what would make the host wait for a device: it stands in for one as `meta`.
 
     A copy from pageable memory, or an index of the host's into the device's tensor, waits until the
-    device has done all that was launched before. What `engine.to_device` copies is pinned.
+    device has done all that was launched before. What `devices.to_device` copies is pinned.
     """
 
     def __init__(self, monkeypatch):

@@ -15,7 +15,7 @@ from trimtab.trainers.candidates import (
     read_candidates,
 )
 from trimtab.trainers.packing import DataCollatorForTrees, TreeDataset
-from trimtab.trainers.rollouts import TreeConfig
+from trimtab.trainers.trees import TreeConfig
 
 from .conftest import END, make_model, make_tokenizer
 from .test_mavis_trainer import prompts, trainer

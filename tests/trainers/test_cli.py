@@ -15,7 +15,8 @@ from trl import GRPOConfig, ModelConfig
 
 from trimtab.__main__ import main
 from trimtab.plugins.hidden_states import checkpoint_fingerprint
-from trimtab.plugins.value_model import MAVISValueModel, load_config, tokenizer_fingerprint
+from trimtab.plugins.value_config import load_config, tokenizer_fingerprint
+from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import MAVISConfig, read_rollouts
 from trimtab.trainers.cli import (
     INSTEAD,

@@ -30,8 +30,8 @@ from trimtab.trainers.hidden_states import collate_rows, tree_rows
 from trimtab.trainers.packing import DataCollatorForTrees, TreeDataset
 from trimtab.trainers.preferences import UTILITY_STD, pair_loss
 from trimtab.trainers.rewards import reward_statistics
-from trimtab.trainers.rollouts import MARGIN, Node, Tree
 from trimtab.trainers.samplers import prompt_log_probs
+from trimtab.trainers.trees import MARGIN, Node, Tree
 
 from .conftest import END, VOCABULARY, WORDS, make_tokenizer
 from .test_head_training import FIELDS, goodness

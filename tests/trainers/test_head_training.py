@@ -43,7 +43,8 @@ from trimtab.trainers.hidden_states import (
     row_starts,
     tree_rows,
 )
-from trimtab.trainers.rollouts import Tree, TreeConfig, read_rollouts
+from trimtab.trainers.rollouts import read_rollouts
+from trimtab.trainers.trees import Tree, TreeConfig
 
 from .conftest import END, make_model
 from .test_mavis_trainer import prompts, text_of, trainer

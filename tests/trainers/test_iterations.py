@@ -18,10 +18,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from trimtab.plugins.value_model import MAVISValueModel, load_config
+from trimtab.plugins.value_config import load_config
+from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import read_rollouts
 from trimtab.trainers.iterations import PolicyHistory
-from trimtab.trainers.rollouts import Node, Tree
+from trimtab.trainers.trees import Node, Tree
 
 from .test_mavis_trainer import REWARDS, config, goodness, prompts, trainer
 from .test_rollouts import same

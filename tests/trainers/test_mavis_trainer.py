@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from trimtab.plugins import ValueEngine
 from trimtab.plugins.adapters import load_value_models
-from trimtab.plugins.value_model import MAVISValueModel, tokenizer_fingerprint
+from trimtab.plugins.value_config import tokenizer_fingerprint
+from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import MAVISConfig, MAVISTrainer, read_rollouts
 from trimtab.trainers.mavis_trainer import ValueMetrics
 

@@ -4,7 +4,7 @@ import torch
 
 from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers.packing import DataCollatorForTrees, TreeDataset, keep_leaves, pack_tree
-from trimtab.trainers.rollouts import TreeConfig
+from trimtab.trainers.trees import TreeConfig
 
 from .conftest import END, make_model
 from .test_rollouts import add_rewards, grow

@@ -14,7 +14,7 @@ from trimtab.trainers.rewards import (
     load_reward_funcs,
     reward_statistics,
 )
-from trimtab.trainers.rollouts import Node, Tree
+from trimtab.trainers.trees import Node, Tree
 
 from .conftest import VOCABULARY, make_tokenizer
 

@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimtab.trainers.rollouts import (
-    Node,
-    Tree,
-    TreeConfig,
-    collect_rollouts,
-    grow_trees,
-    read_rollouts,
-)
+from trimtab.trainers.rollouts import collect_rollouts, grow_trees, read_rollouts
 from trimtab.trainers.samplers import Piece
+from trimtab.trainers.trees import Node, Tree, TreeConfig
 
 from .conftest import END
 

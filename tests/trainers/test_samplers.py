@@ -21,7 +21,7 @@ from scipy.stats import chisquare
 
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.trainers import samplers
-from trimtab.trainers.rollouts import TreeConfig, collect_rollouts, read_rollouts
+from trimtab.trainers.rollouts import collect_rollouts, read_rollouts
 from trimtab.trainers.samplers import (
     ServerSampler,
     TransformersSampler,
@@ -29,6 +29,7 @@ from trimtab.trainers.samplers import (
     divergence,
     prompt_log_probs,
 )
+from trimtab.trainers.trees import TreeConfig
 
 from .conftest import END, VOCABULARY, make_model, make_tokenizer
 
@@ -229,7 +230,8 @@ def test_vllm_samples_the_base_model(base_model, tmp_path):
         f"""
         from trainers.conftest import END, make_model
         from trainers.test_samplers import check_continuations, check_frequencies
-        from trimtab.trainers.rollouts import TreeConfig, grow_trees
+        from trimtab.trainers.rollouts import grow_trees
+        from trimtab.trainers.trees import TreeConfig
         from trimtab.trainers.samplers import VLLMSampler
         config = TreeConfig(max_completion_length=12, layers=3, top_k=5)
         sampler = VLLMSampler(

@@ -142,7 +142,7 @@ def limit_beta(
     return torch.where(fits, beta, torch.minimum(edges[:, 0], beta))
 
 
-def guide(
+def guided_policy(
     log_probs: torch.Tensor,
     values: torch.Tensor,
     weights: torch.Tensor,

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
-from trimtab.plugins.guidance import (
+from trimtab.plugins.policy import (
     count_likely,
-    guide,
+    guided_policy,
     limit_beta,
     step_kl,
     tilt,
@@ -124,14 +124,14 @@ def test_the_budget_holds_at_the_temperature_of_sampling(temperature):
     values, one = torch.randn(8, 40, 1), torch.ones(8, 1)
     at = torch.full((8,), temperature)
     beta, budget = torch.full((8,), 50.0), torch.full((8,), 0.1)
-    policy = guide(log_probs, values, one, beta, budget, at)
+    policy = guided_policy(log_probs, values, one, beta, budget, at)
     sampled, base = ((x / temperature).log_softmax(-1) for x in (policy, log_probs))
     kl = step_kl(sampled, base)
     assert (kl <= 0.1).all() and (kl >= 0.0997).all(), kl
-    free = guide(log_probs, values, one, beta, torch.full((8,), math.inf), at)
-    torch.testing.assert_close(free, guide(log_probs, values, one, beta))
+    free = guided_policy(log_probs, values, one, beta, torch.full((8,), math.inf), at)
+    torch.testing.assert_close(free, guided_policy(log_probs, values, one, beta))
     if temperature == 1:
-        torch.testing.assert_close(policy, guide(log_probs, values, one, beta, budget))
+        torch.testing.assert_close(policy, guided_policy(log_probs, values, one, beta, budget))
 
 
 @settings(max_examples=200, deadline=None)
@@ -139,7 +139,7 @@ def test_the_budget_holds_at_the_temperature_of_sampling(temperature):
 def test_the_policy_is_a_distribution_at_any_strength_that_is_accepted(step, beta, budget):
     log_probs, scores = step
     values, weights = 1e6 * scores[..., None], torch.ones(1, 1)
-    policy = guide(log_probs, values, weights, torch.tensor([beta]), torch.tensor([budget]))
+    policy = guided_policy(log_probs, values, weights, torch.tensor([beta]), torch.tensor([budget]))
     assert policy.exp().sum().item() == pytest.approx(1, abs=1e-4)
     assert (policy[log_probs == -math.inf] == -math.inf).all()
 
@@ -151,11 +151,11 @@ def test_rows_of_different_top_k_and_budgets_do_not_touch_each_other():
     budget = torch.tensor([math.inf, 0.1, 0.01])
     top_k = torch.tensor([8, 3, 5])
     candidates, log_probs = top_candidates(logits, 8, top_k)
-    together = guide(log_probs, values, weights, beta, budget)
+    together = guided_policy(log_probs, values, weights, beta, budget)
     for i, k in enumerate(top_k.tolist()):
         alone_candidates, alone = top_candidates(logits[i : i + 1], k)
         row = slice(i, i + 1)
-        alone = guide(alone, values[row, :k], weights[row], beta[row], budget[row])
+        alone = guided_policy(alone, values[row, :k], weights[row], beta[row], budget[row])
         assert candidates[i, :k].tolist() == alone_candidates[0].tolist()
         torch.testing.assert_close(together[i, :k], alone[0])
         assert (together[i, k:] == -math.inf).all()
@@ -165,7 +165,7 @@ def test_masked_tokens_stay_masked_even_when_fewer_than_k_are_left():
     logits = torch.full((1, 20), -math.inf)
     logits[0, [3, 7]] = torch.tensor([0.0, 1.0])
     candidates, log_probs = top_candidates(logits, 5)
-    policy = guide(log_probs, torch.randn(1, 5, 1) * 50, torch.ones(1, 1), torch.ones(1))
+    policy = guided_policy(log_probs, torch.randn(1, 5, 1) * 50, torch.ones(1, 1), torch.ones(1))
     allowed = {c: p for c, p in zip(candidates[0].tolist(), policy[0].exp().tolist()) if p > 0}
     assert set(allowed) <= {3, 7} and sum(allowed.values()) == pytest.approx(1)
 
@@ -209,6 +209,6 @@ def test_a_row_whose_values_are_not_finite_is_not_guided(broken, budget):
     log_probs = torch.randn(2, 5).log_softmax(-1)
     values, one = torch.randn(2, 5, 1), torch.ones(2, 1)
     values[0, 3] = broken
-    policy = guide(log_probs, values, one, torch.tensor([2.0, 2.0]), budget)
+    policy = guided_policy(log_probs, values, one, torch.tensor([2.0, 2.0]), budget)
     torch.testing.assert_close(policy[0], log_probs[0])
     assert policy.isfinite().all() and not policy[1].allclose(log_probs[1])
