@@ -1,7 +1,8 @@
 """Responses that are there already, with scores: datasets, and files of another tool's rollouts.
 
-A prompt and its responses are a tree of depth one, in the same Parquet store as sampled trees. They
-are taken for the base model's only where every one of them says so.
+A prompt and its responses are a tree of depth one, in the same Parquet store as sampled trees; a
+response in steps with labels is a branch of a node for each. Responses are taken for the base
+model's only where every one of them says so.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ logger = logging.get_logger(__name__)
 
 PAIR = ("chosen", "rejected")  # columns of a pair
 PREFERENCE = "preference"  # the objective of pairs
+STEPS, LABELS = "completions", "labels"  # columns of responses in steps; the latter the objective
 SOURCE = "data"  # in a folder's rollouts.json
 NUMERIC = re.compile(r"u?int\d+|float\d+|double|bool")
 # Columns that are no scores
-ROLES = ("prompt", "prompt_ids", "completion", "completion_ids", "model", "log_probs", "tools")
+RESPONSE = ("completion", "completion_ids", STEPS)
+ROLES = ("prompt", "prompt_ids", *RESPONSE, "model", "log_probs", "tools")
 FILES = (".jsonl", ".parquet")
 REFERENCES = 8  # responses whose log-probabilities are compared with the base model's
 
@@ -46,12 +49,13 @@ REFERENCES = 8  # responses whose log-probabilities are compared with the base m
 @dataclass
 class Responses:
     """
-    A dataset of scored responses or of pairs, as trees.
+    A dataset of scored responses, of steps or of pairs, as trees.
 
     Args:
         trees (`list[Tree]`):
             One for every distinct prompt, in order of appearance, with a leaf for every row, or two
             for every pair, the preferred one first. Its `prompt_index` is the prompt's first row.
+            Steps are nodes on the way to a leaf, which is the last one that has a label.
         cut (`int`):
             Number of responses longer than `max_completion_length`.
         from_base (`bool`):
@@ -70,7 +74,7 @@ class Responses:
         return {
             "source": SOURCE,
             "prompts": len(self.trees),
-            "responses": sum(len(tree.nodes) - 1 for tree in self.trees),
+            "responses": sum(len(tree.leaves()) for tree in self.trees),
             "cut": self.cut,
             "from_base_model": self.from_base,
             "fingerprint": trees_fingerprint(self.trees),
@@ -84,6 +88,8 @@ def score_columns(dataset: Dataset) -> list[str]:
     """
     if set(PAIR) & set(dataset.column_names):
         return [PREFERENCE]
+    if STEPS in dataset.column_names:
+        return [LABELS]
     others = [column for column in dataset.column_names if column not in ROLES]
     scores = [column for column in others if _is_numeric(dataset, column)]
     if not scores:
@@ -160,10 +166,8 @@ def tokenize(
     or lists of messages."""
     kwargs: Any = template_kwargs or {}
     if isinstance(prompt, str):
-        # A prompt that a chat template has written begins with the token already.
-        bos = getattr(tokenizer, "bos_token", None)
-        whole = bos is not None and prompt.startswith(bos)
-        ids: Any = tokenizer(prompt + (completion or ""), add_special_tokens=not whole)["input_ids"]
+        special = not _begins(tokenizer, prompt)
+        ids: Any = tokenizer(prompt + (completion or ""), add_special_tokens=special)["input_ids"]
         return ids
     return tokenizer.apply_chat_template(  # type: ignore[return-value]
         prompt + (completion or []),
@@ -172,6 +176,12 @@ def tokenize(
         return_dict=False,
         **kwargs,
     )
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Whether a prompt begins with its special token already, as a chat template has written it."""
+    bos: Any = getattr(tokenizer, "bos_token", None)
+    return bos is not None and prompt.startswith(bos)
 
 
 def tokenize_completion(
@@ -199,16 +209,7 @@ def tokenize_completion(
             "into the prompt"
         )
     whole = tokenize(tokenizer, prompt, completion, template_kwargs)
-    if whole[: len(prompt_ids)] != prompt_ids:
-        common = _common_length(prompt_ids, whole)
-        raise ValueError(
-            "the tokens of the prompt are not those that prompt and response begin with: the "
-            f"prompt goes on with {tokenizer.decode(prompt_ids[common:])!r}, both together with "
-            f"{tokenizer.decode(whole[common : len(prompt_ids) + 1])!r}. Move the space between "
-            "them to the beginning of the response, or use a chat template that writes a prompt "
-            "alike in both"
-        )
-    ids = whole[len(prompt_ids) :]
+    ids = _after_prompt(tokenizer, whole, prompt_ids)
     end = next((i for i, token in enumerate(ids) if token in eos_token_ids), None)
     if end is None:
         own = tokenizer.eos_token_id
@@ -220,6 +221,87 @@ def tokenize_completion(
             f"{after!r} follows the end-of-sequence token in the response, which ends there"
         )
     return ids[: end + 1]
+
+
+def _after_prompt(
+    tokenizer: PreTrainedTokenizerBase, whole: list[int], prompt_ids: list[int]
+) -> list[int]:
+    """The response's part of the tokens of both."""
+    if whole[: len(prompt_ids)] != prompt_ids:
+        common = _common_length(prompt_ids, whole)
+        raise ValueError(
+            "the tokens of the prompt are not those that prompt and response begin with: the "
+            f"prompt goes on with {tokenizer.decode(prompt_ids[common:])!r}, both together with "
+            f"{tokenizer.decode(whole[common : len(prompt_ids) + 1])!r}. Move the space between "
+            "them to the beginning of the response, or use a chat template that writes a prompt "
+            "alike in both"
+        )
+    return whole[len(prompt_ids) :]
+
+
+def tokenize_steps(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    steps: Any,
+    prompt_ids: list[int],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[int], list[int]]:
+    """
+    Tokens of a response in steps, and how many of them there are up to the end of each: the token
+    of a step's last character that is no white space. No end-of-sequence token is added, since
+    nobody says that the last step is the last. Steps without white space between them are on lines
+    of their own, as in TRL.
+
+    Raises `ValueError`, without saying in which row, where steps cannot be found in the tokens.
+    """
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        raise ValueError("the steps of a response must be a list of strings")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which characters a token is of; responses in "
+            "steps need a fast tokenizer"
+        )
+    text, marks = "", []
+    for step in steps:
+        joined = not text or text[-1].isspace() or step[:1].isspace()
+        text += step if joined else f"\n{step}"
+        marks.append(len(text.rstrip()))
+    if isinstance(prompt, str):
+        whole, start, special = prompt + text, len(prompt), not _begins(tokenizer, prompt)
+    else:
+        turns, kwargs = (
+            [*prompt, {"role": "assistant", "content": text}],
+            dict(template_kwargs or {}),
+        )
+        rendered: Any = tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
+        whole, special = rendered, False  # the template has written the special tokens
+        # Many templates strip what they write.
+        start = whole.rfind(text.strip()) - (len(text) - len(text.lstrip()))
+        if start < 0:
+            raise ValueError("the chat template does not write a response as it is; use another")
+    encoded = tokenizer(whole, add_special_tokens=special, return_offsets_mapping=True)
+    ids = _after_prompt(tokenizer, encoded["input_ids"], prompt_ids)
+    firsts = [first for first, _ in encoded["offset_mapping"][len(prompt_ids) :]]
+    ends = [sum(first < start + mark for first in firsts) for mark in marks]
+    for i, (before, end) in enumerate(zip([0, *ends], ends)):
+        if end <= before:
+            raise ValueError(f"step {i} has no token of its own, {steps[i]!r}; leave it out")
+    return ids[: ends[-1]], ends
+
+
+def _pieces(
+    tokens: list[int], ends: list[int], labels: np.ndarray
+) -> list[tuple[list[int], float]]:
+    """
+    Tokens and label of every step that has one. A step without belongs to the next that has one,
+    which is what is known of it; what follows the last one that has one is left out.
+    """
+    pieces, start = [], 0
+    for end, label in zip(ends, labels):
+        if not np.isnan(label) and start < end:
+            pieces.append((tokens[start:end], float(label)))
+            start = end
+    return pieces
 
 
 def check_tokens(field: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -236,9 +318,7 @@ def check_completion_ids(ids: Sequence[int], eos_token_ids: set[int]) -> list[in
     if not ids:
         raise ValueError("'completion_ids' is empty; a response has a token at least")
     if any(token in eos_token_ids for token in ids[:-1]):
-        raise ValueError(
-            "'completion_ids' goes on after an end-of-sequence token; a response ends there"
-        )
+        raise ValueError("it goes on after an end-of-sequence token; a response ends there")
     return list(ids)
 
 
@@ -283,6 +363,33 @@ def _scores(name: str, dataset: Dataset, objectives: Sequence[str]) -> dict[str,
     return scores
 
 
+def _step_labels(name: str, dataset: Dataset) -> list[np.ndarray]:
+    """Of every response, one for each step, `[n_steps]`."""
+    inner = getattr(dataset.features[LABELS], "feature", None)
+    if not isinstance(inner, Value) or NUMERIC.fullmatch(inner.dtype) is None:
+        raise ValueError(
+            f"the column {LABELS!r} of `{name}_dataset` holds {dataset.features[LABELS]}, it must "
+            "hold a list of numbers or truth values, one for each step, None where it is not known"
+        )
+    found = []
+    for row, (steps, labels) in enumerate(zip(dataset[STEPS], dataset[LABELS])):
+        labels = np.array([] if labels is None else labels, dtype=float)
+        if len(labels) != len(steps or ()):
+            raise ValueError(
+                f"row {row} of `{name}_dataset` has {len(steps or ())} steps in {STEPS!r} and "
+                f"{len(labels)} {LABELS!r}; give one for each step, None where it is not known"
+            )
+        if np.isinf(labels).any():
+            raise ValueError(
+                f"row {row} of `{name}_dataset` has an infinite number in {LABELS!r}; give None "
+                "where it is not known"
+            )
+        found.append(labels)
+    if not any((~np.isnan(labels)).any() for labels in found):
+        raise ValueError(f"`{name}_dataset` has no number in its column {LABELS!r}: give some")
+    return found
+
+
 def _preferences(name: str, dataset: Dataset, objectives: Sequence[str]) -> dict[str, np.ndarray]:
     """What both responses of a pair are worth, and its margin if there are any, `[n_rows, 2]`."""
     found = {objectives[0]: np.tile([WIN, -WIN], (len(dataset), 1))}
@@ -314,7 +421,7 @@ def read_responses(
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Responses:
     """
-    Reads scored responses or pairs: of several rows with the same prompt one tree is made.
+    Reads scored responses, steps or pairs: of several rows with the same prompt one tree is made.
 
     A response longer than `max_completion_length` is cut: its first tokens are learnt from, with
     the score of the whole response, which is what is known of what they lead to.
@@ -324,8 +431,9 @@ def read_responses(
             Of the dataset, for messages.
         dataset ([`~datasets.Dataset`]):
             With the columns of [`write_rollouts`], of which those of the objectives are learnt;
-            rows of which none is known are left out. Or with `"prompt"`, `"chosen"`, `"rejected"`
-            and, optional, `"margin"`, in log-odds, and `"model"`.
+            rows of which none is known are left out. Or with `"prompt"`, `"completions"` and
+            `"labels"`; or with `"prompt"`, `"chosen"`, `"rejected"` and, optional, `"margin"`, in
+            log-odds, and `"model"`.
         objectives (`list[str]`):
             Columns to learn.
         prompt_ids (`list[list[int]]`):
@@ -343,13 +451,16 @@ def read_responses(
 
     Returns:
         [`Responses`]: with the scores as rewards, or in their place `WIN` for a preferred response
-        and `-WIN` for the other. Raises `ValueError` with the row.
+        and `-WIN` for the other; of a step its label. Raises `ValueError` with the row.
     """
     given = set(dataset.column_names)
     tokens_given = "completion_ids" in given
     columns: tuple[str, ...] = ("completion_ids" if tokens_given else "completion",)
+    in_steps = STEPS in given
     if set(PAIR) & given:
         columns = PAIR
+    elif in_steps:
+        columns, tokens_given = (STEPS,), False
     needed = {*columns} if columns == PAIR else {*columns, *objectives}
     if missing := needed - given:
         raise ValueError(
@@ -361,23 +472,35 @@ def read_responses(
             f"pairs are of one objective, and the value model has {list(objectives)}; give one of "
             "a single objective, or the base model"
         )
-    rewards = (_preferences if columns == PAIR else _scores)(name, dataset, objectives)
+    if in_steps and list(objectives) != [LABELS]:
+        raise ValueError(
+            f"responses in steps are of the objective {LABELS!r}, and the value model has "
+            f"{list(objectives)}; give one of {LABELS!r} alone, or the base model"
+        )
+    labels: list[np.ndarray] = []
+    rewards: dict[str, np.ndarray] = {}
+    if in_steps:
+        labels = _step_labels(name, dataset)
+        told = np.array([bool((~np.isnan(of_row)).any()) for of_row in labels])
+    else:
+        rewards = (_preferences if columns == PAIR else _scores)(name, dataset, objectives)
+        told = ~np.isnan(np.stack(list(rewards.values()))).all((0, 2))
     from_base = sampled_from(name, dataset, base_model)
     log_probs: Any = dataset["log_probs"] if "log_probs" in given else []
     referred = np.linspace(0, len(dataset) - 1, REFERENCES, dtype=int)
     trees: dict[tuple[int, ...], Tree] = {}
-    rows: dict[tuple[int, ...], list[int]] = {}
+    scores: dict[tuple[int, ...], list[list[float]]] = {}  # of every node, by objective
     tools = dataset["tools"] if "tools" in given else None
     cut, references = 0, []
     prompts = dataset["prompt"] if "prompt" in given else [None] * len(dataset)
-    told = ~np.isnan(np.stack(list(rewards.values()))).all((0, 2))
     for row, (prompt, *completions) in enumerate(zip(prompts, *(dataset[c] for c in columns))):
         if not told[row]:
             continue
         key = tuple(prompt_ids[row])
         tree = trees.setdefault(key, Tree(row, [Node(-1, 0, prompt_ids[row])]))
-        rows.setdefault(key, []).append(row)
-        for column, completion in zip(columns, completions):
+        of_nodes = scores.setdefault(key, [[math.nan] * (len(rewards) or 1)])
+        for place, (column, completion) in enumerate(zip(columns, completions)):
+            ends: list[int] = []
             try:
                 check_tokens("prompt_ids", prompt_ids[row], len(tokenizer))
                 if tokens_given:
@@ -385,6 +508,12 @@ def read_responses(
                     check_tokens("completion_ids", tokens, len(tokenizer))
                 elif prompt is None:
                     raise ValueError("it is text and 'prompt_ids' is not; give both as one")
+                elif in_steps:
+                    kwargs = row_kwargs(template_kwargs, tools, row)
+                    tokens, ends = tokenize_steps(
+                        tokenizer, prompt, completion, prompt_ids[row], kwargs
+                    )
+                    check_completion_ids(tokens, eos_token_ids)
                 else:
                     tokens = tokenize_completion(
                         tokenizer,
@@ -404,11 +533,19 @@ def read_responses(
             except ValueError as error:
                 raise ValueError(f"row {row} of `{name}_dataset`, {column!r}: {error}") from error
             cut += len(tokens) > max_completion_length
-            tree.nodes.append(Node(0, 1, tokens[:max_completion_length], leaf=True))
+            tokens = tokens[:max_completion_length]
+            if in_steps:
+                parent = 0
+                ends = [min(end, max_completion_length) for end in ends]
+                for layer, (piece, label) in enumerate(_pieces(tokens, ends, labels[row]), start=1):
+                    tree.nodes.append(Node(parent, layer, piece, leaf=True))
+                    of_nodes.append([label])
+                    parent = len(tree.nodes) - 1
+            else:
+                tree.nodes.append(Node(0, 1, tokens, leaf=True))
+                of_nodes.append([values[row, place] for values in rewards.values()])
     for key, tree in trees.items():
-        tree.rewards = {
-            c: np.r_[np.nan, values[rows[key]].flatten()] for c, values in rewards.items()
-        }
+        tree.rewards = dict(zip(rewards or [LABELS], np.array(scores[key]).T.copy()))
     if not told.all():
         logger.warning(
             f"{(~told).sum()} of the {len(dataset)} rows of `{name}_dataset` have no score of any "

@@ -57,7 +57,7 @@ def tree_rows(tree: Tree, values: np.ndarray, known: np.ndarray) -> dict[str, np
           `depths` (tokens since the prompt): `[n]` int64
         - `shares` (weight of its return in that of the row before it) and `reach` (probability that
           a response passes it and has a reward): `[n, n_objectives]` float32
-        - `ends` (whether it finishes a response): `[n]` bool
+        - `ends` (whether it finishes a response, or a step with a label): `[n]` bool
         - `labels` (mean return of the responses that pass it): `[n, n_objectives]` float32, NaN of
           objectives that are not known
     """

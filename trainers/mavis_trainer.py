@@ -50,6 +50,7 @@ from .candidates import (
 )
 from .data import (
     PAIR,
+    RESPONSE,
     Responses,
     check_log_probs,
     read_responses,
@@ -165,6 +166,11 @@ class MAVISTrainer(Trainer):
             not end gets an end-of-sequence token. One longer than `args.max_completion_length` is
             cut, and its first tokens are learnt from with the score of the whole response.
 
+            Or TRL's stepwise supervision type: `"completions"`, the steps of a response as a list
+            of strings, and `"labels"`, a number or truth value for each, what is known of the value
+            at its end, or `None`. The objective is named `"labels"`; a step's tokens learn its
+            label, and those of a step without one the next label of the response.
+
             Or, without `reward_funcs`, TRL's preference type: `"chosen"` and `"rejected"`, with
             their prompt in a column or in both, and optionally `"margin"`, in log-odds. The
             objective is named `"preference"`. Its values are in standard deviations of the noise of
@@ -258,9 +264,7 @@ class MAVISTrainer(Trainer):
         self._responses: dict[str, Responses] = {}  # by dataset, if they are there already
         columns = set(getattr(train_dataset, "column_names", None) or ())
         self._pairs = reward_funcs is None and bool(columns & set(PAIR))
-        self._of_data = self._pairs or (
-            reward_funcs is None and bool(columns & {"completion", "completion_ids"})
-        )
+        self._of_data = self._pairs or (reward_funcs is None and bool(columns & set(RESPONSE)))
         if self._pairs:
             train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
         if self._of_data and args.num_iterations > 1:

@@ -71,7 +71,8 @@ class Node:
         weight (`float`):
             Relative weight in its parent's mean: 1, or 0 for a sample that would bias it.
         leaf (`bool`):
-            Whether the response is finished: ended by itself or at `max_completion_length`.
+            Whether its value is told: the response is finished, ended by itself or at
+            `max_completion_length`, or a step of it with a label is.
         log_ratios (`list[float]`):
             See [`Piece`]. Empty for the root, and if the base model was sampled.
         kls (`list[float]`):
@@ -108,7 +109,8 @@ class Tree:
 
     def leaves(self) -> list[int]:
         """Indices of the finished responses."""
-        return [i for i, node in enumerate(self.nodes) if node.leaf]
+        inner = {node.parent for node in self.nodes}
+        return [i for i, node in enumerate(self.nodes) if node.leaf and i not in inner]
 
     def path(self, index: int) -> list[int]:
         """Indices from the root's child to the node itself."""
@@ -153,8 +155,9 @@ class Tree:
 
     def values(self, name: str, kl_penalty: float = 0.0) -> np.ndarray:
         """
-        Value of every node at its last token, `[n_nodes]`: a leaf's reward, else the weighted mean
-        over the children of their values less `kl_penalty` times the KL of their steps.
+        Value of every node at its last token, `[n_nodes]`: a leaf's reward, whatever goes on after
+        it, else the weighted mean over the children of their values less `kl_penalty` times the KL
+        of their steps.
 
         Responses without a reward are left out: a child counts by its weight times the share of
         them that have one below it. NaN where none has.
@@ -166,7 +169,7 @@ class Tree:
             node = self.nodes[i]
             if known[i] == 0:
                 values[i] = np.nan
-            elif node.weight:
+            elif node.weight and not self.nodes[node.parent].leaf:
                 value = values[i] - kl_penalty * sum(node.kls)
                 values[node.parent] += value * (node.weight * known[i]) / total[node.parent]
         if known[0] == 0:

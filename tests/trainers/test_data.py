@@ -24,6 +24,7 @@ from trimtab.trainers.head_training import (
     efficiency_sums,
     fit_values,
     head_loss,
+    lambda_returns,
     pairs_loss,
 )
 from trimtab.trainers.hidden_states import collate_rows, tree_rows
@@ -777,3 +778,132 @@ def test_pairs_are_of_one_objective(base_model, tmp_path):
     )
     with pytest.raises(ValueError, match=r"pairs are of one objective, .* \['one', 'two'\]"):
         trainer(model, tmp_path, Dataset.from_list(paired(3)))
+
+
+def stepwise(count, offset=0, seed=0, each=6):
+    """Responses in two to four steps, each with how good the response is so far."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt in prompts(count, offset)["prompt"]:
+        for _ in range(each):
+            steps = [
+                response(rng)[:12].rsplit(" ", 1)[0] or " a" for _ in range(rng.integers(2, 5))
+            ]
+            labels = [goodness(["".join(steps[: i + 1])])[0] for i in range(len(steps))]
+            rows.append({"prompt": prompt, "completions": steps, "labels": labels})
+    return rows
+
+
+@pytest.mark.parametrize("head_type", ["hidden", "state"])
+def test_labels_of_steps_train_values_that_guide(base_model, tokenizer, tmp_path, head_type):
+    fields = {"hidden": FIELDS, "state": {"num_train_epochs": 8, "top_k": 18}}[head_type]
+    held_out = Dataset.from_list(stepwise(20, 5, seed=1))
+    fields = {**fields, "head_type": head_type, "max_completion_length": 24}
+    made = trainer(base_model, tmp_path, from_file(tmp_path, stepwise(60)), held_out, **fields)
+    made.train()
+    made.save_model()
+    assert made.objectives == ["labels"]
+    plain = mean_goodness(base_model, tmp_path, tokenizer, {})
+    assert mean_goodness(base_model, tmp_path, tokenizer, {"labels": 1.0}) > plain + 0.3
+    assert mean_goodness(base_model, tmp_path, tokenizer, {"labels": -1.0}) < plain - 0.3
+    last = [row["labels"][-1] for row in stepwise(60)]
+    assert made.value_config.reward_mean == pytest.approx([np.mean(last)])
+    assert made.value_config.provenance["rollouts"]["responses"] == 360
+
+
+STEPWISE = [
+    {"prompt": "a b", "completions": [" good", " bad red", " a"], "labels": [1.0, 0.0, 0.5]},
+    {"prompt": "c d", "completions": [" c d", " e f g"], "labels": [None, -1.0]},
+    {"prompt": "a b", "completions": [" blue", " red", " i j"], "labels": [2.0, 3.0, None]},
+    {"prompt": "e f", "completions": [" blue"], "labels": [None]},
+]
+
+
+def test_a_steps_tokens_learn_the_next_label(base_model, tokenizer, tmp_path):
+    """Against labels and returns of every response by itself, token by token."""
+    made = trainer(base_model, tmp_path, Dataset.from_list(STEPWISE), max_completion_length=4)
+    trees = made._responses["train"].trees
+    assert [tree.prompt_index for tree in trees] == [0, 1]
+    batch = collate_rows(items_of(trees, ["labels"]))
+    values = torch.randn(len(batch["tokens"]), 1)
+    returns = lambda_returns(batch, values, 0.5)
+    expected = {
+        " good bad red a": [1.0, 0.0, 0.0, 0.5],
+        " blue red": [2.0, 3.0],  # what follows the last label is left out
+        " c d e f": [-1.0] * 4,  # cut
+    }
+    for text, labels in expected.items():
+        tokens = tokenizer(text).input_ids
+        ahead = 0.0
+        for end in batch["ends"].nonzero()[:, 0].tolist():  # that of the whole response
+            rows = [end]
+            while batch["depths"][rows[0]] > 1:
+                rows.insert(0, int(batch["previous"][rows[0]]))
+            if batch["tokens"][rows].tolist() == tokens:
+                break
+        else:
+            raise AssertionError(f"no response {text!r}")
+        assert batch["labels"][rows, 0].tolist() == labels
+        for i in reversed(range(len(rows))):  # 0.5 of the next value, up to the step's end
+            last = i + 1 == len(rows) or (labels[i] != labels[i + 1])
+            ahead = labels[i] if last else 0.5 * float(values[rows[i]]) + 0.5 * ahead
+            assert float(returns[rows[i]]) == pytest.approx(ahead, abs=1e-5)
+    roots = batch["labels"][batch["depths"] == 0, 0]
+    assert roots.tolist() == [1.5, -1.0]
+    made.collect_rollouts()
+    stored = read_rollouts(tmp_path / "rollouts" / "train")
+    assert [tree.nodes for tree in stored] == [tree.nodes for tree in trees]
+    packed = [
+        {int(t): x for t, x in zip(s["input_ids"], s["labels"][:, 0]) if x == x}
+        for s in TreeDataset(trees, ["labels"], np.zeros(1), np.ones(1), max_length=99).sequences
+    ]
+    ids = dict(zip(VOCABULARY, range(len(VOCABULARY))))
+    assert {ids["good"]: 1.0, ids["bad"]: 0.0, ids["blue"]: 2.0}.items() <= packed[0].items()
+
+
+def test_steps_are_lines_and_turns_of_an_assistant(base_model, tmp_path):
+    """Steps without white space are joined by line ends, as in TRL, and end where they do."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    prompt = [{"role": "user", "content": "a b"}]
+    rows = [
+        {"prompt": prompt, "completions": ["good red", "bad"], "labels": [True, False]},
+        {"prompt": prompt, "completions": ["good ", "a", " b"], "labels": [True, None, False]},
+    ]
+    made = trainer(base_model, tmp_path, Dataset.from_list(rows), processing_class=tokenizer)
+    (tree,) = made._responses["train"].trees
+    texts = [tokenizer.decode(node.tokens) for node in tree.nodes]
+    assert texts == ["<user> a b <assistant>", "good red", "bad", "good", "a b"]
+    assert [node.parent for node in tree.nodes] == [-1, 0, 1, 0, 3]
+    assert tree.leaves() == [2, 4]
+
+
+STEP = STEPWISE[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**STEP, "labels": [1.0]}, "row 1 of `train_dataset` has 3 steps in 'completions' and 1 "
+         "'labels'; give one for each step, None where"),
+        ({**STEP, "labels": None}, "row 1 of `train_dataset` has 3 steps in 'completions' and 0"),
+        ({**STEP, "labels": [1.0, float("inf"), 0.0]}, "row 1 .* an infinite number in 'labels'"),
+        ({**STEP, "completions": [" a", "", " b"]}, "row 1 .* step 1 has no token of its own"),
+        ({**STEP, "completions": ["a", " b", " c"]}, "row 1 .*, 'completions': the tokens of"),
+        ({**STEP, "completions": [" <end>", " b", " c"]}, "row 1 .* goes on after an end-of-seq"),
+    ],
+)  # fmt: skip
+def test_steps_that_cannot_be_learnt_from_are_named(base_model, tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(base_model, tmp_path, Dataset.from_list([STEP, row]))
+
+
+def test_columns_that_are_no_steps_are_named(base_model, tmp_path):
+    for rows, message in (
+        ([{**STEP, "labels": 1.0}], "'labels' of `train_dataset` holds .*, it must hold a list of"),
+        ([{**STEP, "labels": [None] * 3}], "'labels' of `train_dataset` holds"),
+        ([{**STEP, "completions": [[TURN]] * 3}], "row 0 .* must be a list of strings"),
+        ([{k: v for k, v in STEP.items() if k != "labels"}], "has no column 'labels'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(base_model, tmp_path, Dataset.from_list(rows))
