@@ -63,6 +63,8 @@ def model_card(config: MAVISValueConfig) -> str:
     rollouts = provenance.get("rollouts") or {}
     of_data = rollouts.get("source") == "data" and not rollouts.get("from_base_model")
     scored = "score in the data" if of_data else "reward under the base model"
+    if isinstance(given := rollouts.get("responses"), dict):  # of some of the objectives
+        scored += f", of {', '.join(given['objectives'])} score in the data"
     measured = _policies_table(provenance["iterations"]) if "iterations" in provenance else ""
     if "held_out" in provenance:
         measured += _efficiency_table(provenance["held_out"], of_data)

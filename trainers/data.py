@@ -105,6 +105,26 @@ def score_columns(dataset: Dataset) -> list[str]:
     return scores
 
 
+def scored_in_data(reward_funcs: Any) -> list[str]:
+    """Objectives that have `None` in the place of a reward function."""
+    if not isinstance(reward_funcs, Mapping):
+        return []
+    return [name for name, func in reward_funcs.items() if func is None]
+
+
+def once_each(
+    dataset: Dataset, prompt_ids: Sequence[list[int]], objectives: Sequence[str]
+) -> tuple[Dataset, list[list[int]]]:
+    """
+    The prompts of a dataset of responses, to sample from: the first row of each, without its
+    response and the scores of these `objectives`.
+    """
+    rows = list({tuple(ids): row for row, ids in reversed([*enumerate(prompt_ids)])}.values())[::-1]
+    own = {*RESPONSE, "prompt_ids", "model", "log_probs", *objectives}
+    kept = [column for column in dataset.column_names if column not in own]
+    return dataset.select_columns(kept).select(rows), [prompt_ids[row] for row in rows]
+
+
 def with_prompts(dataset: Any) -> Any:
     """Pairs with their prompt in a column of its own, where it is in both responses (TRL's implicit
     prompts); any other dataset as it is."""

@@ -319,7 +319,7 @@ def head_loss(
     advantages: torch.Tensor,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    on_policy: bool = True,
+    on_policy: bool | torch.Tensor = True,
 ) -> torch.Tensor:
     """
     Mean squared error of `A` against the excess of the sampled tokens' returns, up to a constant,
@@ -340,13 +340,15 @@ def head_loss(
             Of the sampling.
         top_p (`float`, *optional*, defaults to `1.0`):
             Of the sampling.
-        on_policy (`bool`, *optional*, defaults to `True`):
-            Whether the tokens were sampled from the policy that `log_probs` are of.
+        on_policy (`bool` or `torch.Tensor`, *optional*, defaults to `True`):
+            Whether the tokens were sampled from the policy that `log_probs` are of; for every
+            objective, since each may have responses of its own, `[n_objectives]` bool.
     """
+    on_policy = torch.as_tensor(on_policy, device=advantages.device)
     loss = advantages.new_zeros(())
     for member in advantages:
         of_token, variances, sampled = centred_advantages(batch, member, temperature, top_p)
-        squares = variances if on_policy else of_token.square()
+        squares = torch.where(on_policy, variances, of_token.square())
         # What is not known is left out before it is multiplied: its gradient would be NaN.
         known = sampled[:, None] & ~batch["excess"].isnan()
         errors = (squares - 2 * of_token * batch["excess"].nan_to_num())[known]
@@ -390,7 +392,7 @@ def efficiency_sums(
     advantages: torch.Tensor,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    on_policy: bool = True,
+    on_policy: bool | torch.Tensor = True,
 ) -> torch.Tensor:
     """
     What KL efficiency and explained variance are computed from.
@@ -406,7 +408,7 @@ def efficiency_sums(
             Of the sampling.
         top_p (`float`, *optional*, defaults to `1.0`):
             Of the sampling.
-        on_policy (`bool`, *optional*, defaults to `True`):
+        on_policy (`bool` or `torch.Tensor`, *optional*, defaults to `True`):
             See [`head_loss`].
 
     Returns:
@@ -416,7 +418,8 @@ def efficiency_sums(
     """
     labels, trees = batch["labels"].double(), batch["trees"]
     of_token, variances, sampled = centred_advantages(batch, advantages, temperature, top_p)
-    squares = variances if on_policy else of_token.square()
+    on_policy = torch.as_tensor(on_policy, device=advantages.device)
+    squares = torch.where(on_policy, variances, of_token.square())
     used = sampled[:, None] * batch["reach"].double()
     excess = labels - batch["baseline"][batch["previous"]].double()
     labels, excess = (torch.where(used > 0, x, 0.0) for x in (labels, excess))
@@ -551,10 +554,10 @@ class HeadTraining(TrainerCallback):
         self.held_out: list[dict[str, Any]] = []
         self.embedding = torch.empty(0)
 
-    def pack(self, folders: Mapping[str, Path]) -> None:
+    def pack(self, folders: Mapping[str, Sequence[Path]]) -> None:
         """
-        Makes the trainer's datasets of the base model's rollouts in `folders`, with their hidden
-        states.
+        Makes the trainer's datasets of the base model's rollouts in `folders`, by dataset, with
+        their hidden states.
         """
         trainer = self.trainer
         items, self.held_out = self._read(folders)
@@ -596,7 +599,7 @@ class HeadTraining(TrainerCallback):
         guide = HeadGuide([heads], 1, device)
         self.held_out = []
         for i, name in enumerate(trainer.objectives):
-            items, held_out = self._read({split: of[name] for split, of in folders.items()})
+            items, held_out = self._read({split: [of[name]] for split, of in folders.items()})
             weights = torch.zeros(1, len(trainer.objectives), device=device)
             weights[0, i] = trainer.args.beta * heads.config.candidate_scale[i]
             for item in (*items, *held_out):
@@ -617,11 +620,12 @@ class HeadTraining(TrainerCallback):
             self.held_out += held_out
         trainer.eval_dataset = self._dataset(self.held_out)
 
-    def _read(self, folders: Mapping[str, Path]) -> tuple[list[Any], list[Any]]:
+    def _read(self, folders: Mapping[str, Sequence[Path]]) -> tuple[list[Any], list[Any]]:
         """Items to learn from, and held-out ones."""
         trainer, config = self.trainer, self.trainer.value_config
-        found = {}
-        for name, folder in folders.items():
+        learnt: list[Any] = []
+        held_out: list[Any] = []
+        for name, folder in ((name, folder) for name, of in folders.items() for folder in of):
             self.embedding = cache_hidden_states(
                 folder,
                 trainer.load_base_model,
@@ -631,11 +635,15 @@ class HeadTraining(TrainerCallback):
                 min(trainer.eos_token_ids),
                 trainer.accelerator,
             )
-            found[name] = self._dataset(folder=folder).items
-        items = found["train"]
-        if "eval" in found:
-            return items, found["eval"]
-        return [x for i, x in enumerate(items) if i % HELD_OUT], items[::HELD_OUT]
+            items = self._dataset(folder=folder).items
+            if name == "eval":
+                held_out += items
+            elif "eval" in folders:
+                learnt += items
+            else:
+                learnt += [x for i, x in enumerate(items) if i % HELD_OUT]
+                held_out += items[::HELD_OUT]
+        return learnt, held_out
 
     def _dataset(self, items: Sequence[Any] = (), folder: Path | None = None) -> HeadDataset:
         trainer, config = self.trainer, self.trainer.value_config
@@ -649,6 +657,13 @@ class HeadTraining(TrainerCallback):
         made.items += items
         return made
 
+    def _on_policy(self) -> torch.Tensor:
+        """Of every objective, whether its responses are the base model's."""
+        trainer = self.trainer
+        return torch.tensor(
+            [trainer.on_policy or n in trainer.reward_funcs for n in trainer.objectives]
+        )
+
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any]:
         """The loss of a batch, and the values; in evaluation its measures are added."""
         args = self.trainer.args
@@ -656,7 +671,7 @@ class HeadTraining(TrainerCallback):
         if model.training and self.trainer._pairs:
             loss = pairs_loss(inputs, advantages, args.temperature)
         elif model.training:
-            sampling = (args.temperature, args.top_p, self.trainer.on_policy)
+            sampling = (args.temperature, args.top_p, self._on_policy())
             loss = head_loss(inputs, advantages, *sampling)
         else:
             loss = (
@@ -670,7 +685,7 @@ class HeadTraining(TrainerCallback):
         self, batch: dict[str, torch.Tensor], values: torch.Tensor, advantages: torch.Tensor
     ) -> torch.Tensor:
         trainer = self.trainer
-        sampling = (trainer.args.temperature, trainer.args.top_p, trainer.on_policy)
+        sampling = (trainer.args.temperature, trainer.args.top_p, self._on_policy())
         return efficiency_sums(batch, values, advantages.mean(0), *sampling)
 
     @torch.no_grad()

@@ -53,9 +53,11 @@ from .data import (
     RESPONSE,
     Responses,
     check_log_probs,
+    once_each,
     read_responses,
     row_kwargs,
     score_columns,
+    scored_in_data,
     store_responses,
     tokenize,
     with_prompts,
@@ -150,9 +152,10 @@ class MAVISTrainer(Trainer):
             of GRPO's, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`,
             or the id of a sequence classification model. It gets `trainer_state`, `log_metric` and
             `log_extra`, too, if it takes them. `None` is "not applicable": the response
-            is left out of this objective's statistics, values, losses and measures. Without names,
-            as in TRL, an objective is named by its function's `__name__`, or by the last part of
-            its model's id.
+            is left out of this objective's statistics, values, losses and measures. `None` in the
+            place of a function: the objective's scores are in the dataset, in the column of its
+            name, those of the responses there. Without names, as in TRL, an objective is named by
+            its function's `__name__`, or by the last part of its model's id.
         train_dataset ([`~datasets.Dataset`]):
             Dataset of prompts, with a column `"prompt"` of strings (standard) or lists of messages
             (conversational). Other columns are passed to the reward functions, and a column
@@ -170,6 +173,10 @@ class MAVISTrainer(Trainer):
             of strings, and `"labels"`, a number or truth value for each, what is known of the value
             at its end, or `None`. The objective is named `"labels"`; a step's tokens learn its
             label, and those of a step without one the next label of the response.
+
+            With both, `reward_funcs={"brief": brief, "helpful": None}`, each objective learns from
+            its own source: "helpful" from the responses in the dataset, "brief" from those that are
+            sampled to each of its prompts, once. A row's response may be `None`.
 
             Or, without `reward_funcs`, TRL's preference type: `"chosen"` and `"rejected"`, with
             their prompt in a column or in both, and optionally `"margin"`, in log-odds. The
@@ -263,22 +270,32 @@ class MAVISTrainer(Trainer):
         self.base_model = base_model
         self._responses: dict[str, Responses] = {}  # by dataset, if they are there already
         columns = set(getattr(train_dataset, "column_names", None) or ())
+        scored = scored_in_data(reward_funcs)
+        named = list(reward_funcs) if scored else []
+        if scored:
+            reward_funcs = {n: f for n, f in reward_funcs.items() if f is not None} or None
+            if columns & set(PAIR) or not columns & set(RESPONSE):
+                raise ValueError(
+                    f"`reward_funcs` has None for {scored}: their scores are those of responses in "
+                    f"`train_dataset`, which must have one of the columns {list(RESPONSE)}, and no "
+                    f"pairs; it has {sorted(columns)}"
+                )
         self._pairs = reward_funcs is None and bool(columns & set(PAIR))
         self._of_data = self._pairs or (reward_funcs is None and bool(columns & set(RESPONSE)))
         if self._pairs:
             train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
-        if self._of_data and args.num_iterations > 1:
+        if (self._of_data or scored) and args.num_iterations > 1:
             raise ValueError(
-                f"num_iterations={args.num_iterations} needs `reward_funcs`: later iterations "
-                "sample responses that no dataset has scored"
+                f"num_iterations={args.num_iterations} needs `reward_funcs`, for every objective: "
+                "later iterations sample responses that no dataset has scored"
             )
         self.reward_funcs = (
             {}
             if self._of_data
             else load_reward_funcs(reward_funcs or {}, reward_processing_classes)
         )
-        self.objectives = list(self.reward_funcs)
-        if self._of_data:
+        self.objectives = named if scored else list(self.reward_funcs)
+        if self._of_data and not scored:
             given = [] if isinstance(model, str) else list(model.config.objectives or [])
             found: Any = train_dataset
             self.objectives = given or score_columns(found)
@@ -349,12 +366,12 @@ class MAVISTrainer(Trainer):
                 )
         self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
         of_template: Any = args.chat_template_kwargs
-        if self._of_data:
+        if self._of_data or scored:
             self._responses = {
                 name: read_responses(
                     name,
                     self._prompts[name],
-                    self.objectives,
+                    [name for name in self.objectives if name not in self.reward_funcs],
                     prompt_ids,
                     processing_class,
                     self.eos_token_ids,
@@ -365,12 +382,18 @@ class MAVISTrainer(Trainer):
                 for name, prompt_ids in self._prompt_ids.items()
             }
 
+            if self.reward_funcs:
+                for name, prompt_ids in self._prompt_ids.items():
+                    self._prompts[name], self._prompt_ids[name] = once_each(
+                        self._prompts[name], prompt_ids, scored
+                    )
+
         longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
         if self._heads is not None:
             refuse_for_heads(args, peft_config)
-            count = len(
-                self._responses["train"].trees if self._of_data else self._prompt_ids["train"]
-            )
+            count = len(self._prompt_ids["train"])
+            if self._responses:
+                count = min(count, len(self._responses["train"].trees))
             if eval_dataset is None and count < HELD_OUT:
                 raise ValueError(
                     f"`train_dataset` has {count} prompts, and heads are chosen and "
@@ -546,15 +569,25 @@ class MAVISTrainer(Trainer):
                 self._sampler.close()
                 self._sampler = None
 
+    def _folders(self, name: str) -> list[Path]:
+        """Where a dataset's trees are: sampled ones, and those of responses that are given."""
+        folder = self._rollout_dir() / name
+        if not self._responses or self._of_data:
+            return [folder]
+        return [folder, folder.with_name(f"{name}-responses")]
+
+    def _store(self, name: str) -> list[Tree]:
+        """The trees of a dataset's own responses."""
+        folder = self._folders(name)[-1]
+        if self.is_world_process_zero():
+            store_responses(folder, self._responses[name], self.args.rollout_batch_size)
+        self.accelerator.wait_for_everyone()
+        return read_rollouts(folder)
+
     def _collect(self, name: str, objective: str | None = None) -> list[Tree]:
         """The rollouts of a dataset under the base model or the policy of one objective."""
         args, dataset = self.args, self._prompts[name]
         folder = self._rollout_dir()
-        if self._responses:
-            if self.is_world_process_zero():
-                store_responses(folder / name, self._responses[name], args.rollout_batch_size)
-            self.accelerator.wait_for_everyone()
-            return read_rollouts(folder / name)
         identity = {
             "base_model": self.base_model,
             "base_model_fingerprint": self.value_config.base_model_fingerprint,
@@ -652,7 +685,10 @@ class MAVISTrainer(Trainer):
         self._rewards = {name: identify(func) for name, func in self.reward_funcs.items()}
         with self._sampling():
             trees = {
-                name: self._collect(name)
+                name: [
+                    *([] if self._of_data else self._collect(name)),
+                    *(self._store(name) if self._responses else []),
+                ]
                 for name, dataset in self._prompts.items()
                 if dataset is not None
             }
@@ -668,7 +704,11 @@ class MAVISTrainer(Trainer):
         if self._pairs:
             mean, std = np.zeros(1), np.full(1, UTILITY_STD)
         else:
-            mean, std = reward_statistics(trees["train"], self.objectives)
+            mean, std = np.empty((2, len(self.objectives)))
+            for part in self._sources(trees["train"]):
+                names = [name for name in self.objectives if part and name in part[0].rewards]
+                at = [self.objectives.index(name) for name in names]
+                mean[at], std[at] = reward_statistics(part, names)
         self.value_config.reward_mean = mean.tolist()
         self.value_config.reward_std = std.tolist()
         self._base_trees = trees
@@ -678,20 +718,35 @@ class MAVISTrainer(Trainer):
         if self._heads is None and self.args.num_iterations > 1 and "eval" in trees:
             self._scale_sequences = [dict(s) for s in self.eval_dataset.sequences]
 
+    def _sources(self, trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
+        """Of trees those that were sampled, and those of a dataset's own responses."""
+        sampled = [tree for tree in trees if self.reward_funcs.keys() & tree.rewards.keys()]
+        of_data = [tree for tree in trees if not self.reward_funcs.keys() & tree.rewards.keys()]
+        return sampled, of_data
+
     def _begin_iterations(self) -> None:
         """Everything as before the first iteration, but for the weights."""
         config, trees = self.value_config, self._base_trees
         self._iteration, self._trees = 0, []
         config.candidate_scale = None  # what it came with is of other values
         training = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-        rollouts: dict[str, Any] = {**vars(self.tree_config), "prompts": len(trees["train"])}
+        rollouts: dict[str, Any] = {
+            **vars(self.tree_config),
+            "prompts": len(self._prompt_ids["train"]),
+        }
         within = "within a prompt"
         if self._responses:
-            rollouts = self._responses["train"].describe()
+            found = self._responses["train"].describe()
+            of_data = [name for name in self.objectives if name not in self.reward_funcs]
             if self._pairs:
                 within = "of the noise of a judgement, in log-odds"
-            elif rollouts["prompts"] == rollouts["responses"]:
+            elif found["prompts"] == found["responses"]:
                 within = "of all responses"
+                if self.reward_funcs:
+                    within = f"within a prompt, of all responses for {', '.join(of_data)}"
+            if self.reward_funcs:
+                found = {**rollouts, "responses": {"objectives": of_data, **found}}
+            rollouts = found
         config.provenance = provenance(
             rollouts=rollouts,
             training={name: getattr(self.args, name) for name in (*training, "leaf_fraction")},
@@ -699,7 +754,7 @@ class MAVISTrainer(Trainer):
         )
         self._pack(trees)
         self._history = PolicyHistory(self.args.beta)
-        if "eval" in trees:
+        if "eval" in trees and self.args.num_iterations > 1:
             base = {name: trees["eval"] for name in self.objectives}
             self._history.add(base, config.reward_mean, config.reward_std)
 
@@ -749,7 +804,7 @@ class MAVISTrainer(Trainer):
         """Makes an iteration's datasets: all rollouts so far to train on, its own to evaluate."""
         self._trees += trees["train"]
         if self._heads is not None:
-            self._heads.pack({name: self._rollout_dir() / name for name in trees})
+            self._heads.pack({name: self._folders(name) for name in trees})
             return
         args, config = self.args, self.value_config
         mean, std = np.array(config.reward_mean), np.array(config.reward_std)
@@ -762,9 +817,10 @@ class MAVISTrainer(Trainer):
             kl_penalty=args.kl_penalty,
             pairs=self._pairs,
         )
+        sampled, of_data = self._sources(self._trees)
+        self.train_dataset = pack(sampled, leaf_fraction=args.leaf_fraction, seed=args.seed)
         # The bottom layer of responses that are there already is all that there is.
-        fraction = 1.0 if self._responses else args.leaf_fraction
-        self.train_dataset = pack(self._trees, leaf_fraction=fraction, seed=args.seed)
+        self.train_dataset.sequences += pack(of_data).sequences
         if "eval" in trees:
             self.eval_dataset = pack(trees["eval"])
 

@@ -36,7 +36,7 @@ from trimtab.trainers.trees import MARGIN, Node, Tree
 
 from .conftest import END, VOCABULARY, WORDS, make_tokenizer
 from .test_head_training import FIELDS, goodness
-from .test_mavis_trainer import config, prompts
+from .test_mavis_trainer import config, prompts, redness
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} "
@@ -907,3 +907,106 @@ def test_columns_that_are_no_steps_are_named(base_model, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer(base_model, tmp_path, Dataset.from_list(rows))
+
+
+def mixture(base_model, folder, rows, held_out=None, **fields):
+    """Of redness, which is sampled for, and of the scores in the rows."""
+    return MAVISTrainer(
+        base_model,
+        config(folder, **fields),
+        {"redness": redness, "good": None},
+        Dataset.from_list(rows),
+        None if held_out is None else Dataset.from_list(held_out),
+    )
+
+
+@pytest.mark.parametrize("head_type", ["hidden", "state"])
+def test_each_objective_learns_from_its_own_source(base_model, tokenizer, tmp_path, head_type):
+    fields = {"hidden": FIELDS, "state": {"num_train_epochs": 8, "top_k": 18}}[head_type]
+    fields = {**fields, "head_type": head_type}
+    rows = [
+        *({k: v for k, v in row.items() if k != "bad"} for row in scored(60)),
+        {"prompt": "j j", "completion": None, "good": None},  # a prompt without a response
+    ]
+    made = mixture(base_model, tmp_path, rows, scored(20, 5, seed=1), **fields)
+    made.train()
+    made.save_model()
+    assert made.objectives == ["redness", "good"]
+    sampled = read_rollouts(tmp_path / "rollouts" / "train")
+    assert len(sampled) == 61 and {*sampled[0].rewards} == {"redness"}  # each prompt once
+    given = read_rollouts(tmp_path / "rollouts" / "train-responses")
+    assert len(given) == 60 and {*given[0].rewards} == {"good"}
+    expected = [reward_statistics(*part) for part in ((sampled, ["redness"]), (given, ["good"]))]
+    means, stds = np.concatenate(expected, axis=1)
+    np.testing.assert_allclose(made.value_config.reward_mean, means)
+    np.testing.assert_allclose(made.value_config.reward_std, stds)
+    card = (tmp_path / "README.md").read_text()
+    assert "mean reward under the base model, of good score in the data" in card
+    plain = mean_goodness(base_model, tmp_path, tokenizer, {})
+    assert mean_goodness(base_model, tmp_path, tokenizer, {"good": 1.0}) > plain + 0.3
+    assert mean_goodness(base_model, tmp_path, tokenizer, {"good": -1.0}) < plain - 0.3
+
+
+def test_a_source_says_nothing_of_the_other_objectives(base_model, tmp_path):
+    """Half of the mixture is what each source alone is."""
+    rows = [{k: v for k, v in row.items() if k != "bad"} for row in scored(24)]
+    both = mixture(base_model, tmp_path / "both", rows, **FIELDS)
+    both.collect_rollouts()
+    data = Dataset.from_list(rows)
+    alone = [
+        MAVISTrainer(base_model, config(tmp_path / "redness", **FIELDS), {"redness": redness},
+                     data.select(range(0, len(data), 6)).select_columns("prompt")),
+        trainer(base_model, tmp_path / "good", data, **FIELDS),
+    ]  # fmt: skip
+    items = []
+    for one in alone:
+        one.collect_rollouts()
+        items.append([*one.train_dataset, *one.eval_dataset])
+    found = [*both.train_dataset, *both.eval_dataset]
+    assert len(found) == sum(map(len, items))
+    by_source = [[x for x in found if (x["reach"][:, i] > 0).any()] for i in range(2)]
+    for i, (of_both, of_one) in enumerate(zip(by_source, items)):
+        for x, y in zip(*(sorted(z, key=lambda x: x["tree"]) for z in (of_both, of_one))):
+            np.testing.assert_array_equal(x["tokens"], y["tokens"])
+            np.testing.assert_array_equal(x["labels"][:, i], y["labels"][:, 0])
+            np.testing.assert_array_equal(x["reach"][:, i], y["reach"][:, 0])
+            assert np.isnan(x["labels"][:, 1 - i]).all() and not x["reach"][:, 1 - i].any()
+    assert not both.on_policy and both._heads._on_policy().tolist() == [True, False]
+
+
+def test_each_objective_is_taken_for_its_own_writers():
+    """The loss of sampled tokens and that of given ones, each over its objective's tokens."""
+    trees = random_trees()
+    items = items_of(trees, ["one", "two"])
+    for item in items:
+        item["excess"] = torch.randn(item["labels"].shape) + 0 * torch.as_tensor(item["labels"])
+    batch = collate_rows(items)
+    advantages = torch.randn(1, len(batch["tokens"]), 7, 2)
+    losses, counts = [], []
+    for i, on_policy in enumerate((True, False)):
+        part = {**batch, "excess": batch["excess"][:, [i]]}
+        losses.append(head_loss(part, advantages[..., [i]], on_policy=on_policy))
+        sampled = centred_advantages(part, advantages[0][..., [i]])[2]
+        counts.append((sampled & ~part["excess"][:, 0].isnan()).sum())
+    expected = sum(loss * n for loss, n in zip(losses, counts)) / sum(counts)
+    found = head_loss(batch, advantages, on_policy=torch.tensor([True, False]))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "message"),
+    [
+        ([{"prompt": "a"}], {}, r"has None for \['good'\]: .* one of the columns \['completion'"),
+        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {}, "and no pairs; it has"),
+        ([{"prompt": "a", "completion": " b"}], {}, "`train_dataset` has no column 'good'"),
+        (scored(8), {"num_iterations": 2}, "num_iterations=2 needs `reward_funcs`, for every obj"),
+    ],
+)
+def test_mixtures_that_cannot_be_learnt_from_are_named(base_model, tmp_path, rows, fields, message):
+    with pytest.raises(ValueError, match=message):
+        mixture(base_model, tmp_path, rows, **{**FIELDS, **fields})
+
+
+def test_columns_of_scores_can_be_chosen_by_name(base_model, tmp_path):
+    made = MAVISTrainer(base_model, config(tmp_path), {"bad": None}, Dataset.from_list(scored(4)))
+    assert made.objectives == ["bad"] and not made.reward_funcs
