@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Value
+from datasets import Dataset, IterableDataset, Value
 from transformers.utils import logging
 
 from trimtab.plugins.params import check_objective_name
@@ -103,6 +103,53 @@ def score_columns(dataset: Dataset) -> list[str]:
     if left := [column for column in others if column not in scores]:
         logger.warning(f"the columns {left} hold no numbers, so that they are no objectives")
     return scores
+
+
+def named_sets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The trainer's datasets by the names of their folders: `"train"`, and `"eval"`, or of several
+    `"eval_<name>"` each."""
+    if eval_dataset is None:
+        return {"train": train_dataset}
+    if not isinstance(eval_dataset, Mapping):
+        return {"train": train_dataset, "eval": eval_dataset}
+    for name in eval_dataset:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(
+                f"`eval_dataset` has the name {name!r}, which is to be that of a folder, too: give "
+                "letters, digits, '_', '.' and '-'"
+            )
+    return {"train": train_dataset, **{f"eval_{name}": x for name, x in eval_dataset.items()}}
+
+
+def as_given(sets: Mapping[str, Any]) -> Any:
+    """Of [`named_sets`] those to evaluate on, as they were given: one, several by name, or None."""
+    if "eval" in sets:
+        return sets["eval"]
+    return {n.removeprefix("eval_"): x for n, x in sets.items() if n != "train"} or None
+
+
+def store_stream(dataset: IterableDataset, folder: Path, name: str, write: bool) -> Dataset:
+    """
+    A dataset that is streamed, as a Parquet file: what is trained on is read more than once.
+
+    Args:
+        dataset ([`~datasets.IterableDataset`]):
+            Read to its end.
+        folder (`Path`):
+            Where the file, and what [`~datasets.Dataset.from_parquet`] makes of it, are kept.
+        name (`str`):
+            Of the dataset.
+        write (`bool`):
+            Whether this is the process that writes it.
+    """
+    path = folder / f"{name}.parquet"
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        dataset.to_parquet(partial)
+        partial.replace(path)
+    stored: Any = Dataset.from_parquet(str(path), cache_dir=str(folder))
+    return stored
 
 
 def scored_in_data(reward_funcs: Any) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers.utils import logging
 from trimtab.plugins.heads import HeadGuide
 from trimtab.plugins.value_model import MAVISValueModel
 
+from .data import as_given
 from .hidden_states import HeadDataset, cache_hidden_states, collate_rows
 from .pareto import interval, prompt_draws
 from .preferences import pair_loss, running_sums
@@ -508,16 +510,13 @@ class HeadMetrics:
         self.sums = [*(self.sums or []), sums.cpu().numpy()]
 
     def measures(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By objective, of what all processes have added; see [`efficiency`]."""
+        """By objective of which something is known, of what all processes have added; see
+        [`efficiency`]."""
         sums = np.concatenate(gather_object(self.sums or []))
         self.sums = None
-        for name, known in zip(self.objectives, ~np.isnan(sums[:, 0]).all(0)):
-            if not known:
-                raise ValueError(
-                    f"no held-out prompt has a reward of {name!r}, on which its heads are chosen "
-                    "and scaled: give an `eval_dataset` with prompts that it applies to"
-                )
-        return dict(zip(self.objectives, efficiency(sums)))
+        known = ~np.isnan(sums[:, 0]).all(0)
+        names = [name for name, told in zip(self.objectives, known) if told]
+        return dict(zip(names, efficiency(sums[..., known])))
 
     def compute(self, accelerator: Any) -> dict[str, float]:
         """Metrics of all that was added by all processes since the last call."""
@@ -560,7 +559,8 @@ class HeadTraining(TrainerCallback):
         their hidden states.
         """
         trainer = self.trainer
-        items, self.held_out = self._read(folders)
+        items, held_out = self._read(folders)
+        self.held_out = list(chain(*held_out.values()))
         for i, name in enumerate(trainer.objectives):
             told = [
                 sum(not np.isnan(item["labels"][:, i]).all() for item in part)
@@ -571,9 +571,8 @@ class HeadTraining(TrainerCallback):
                     f"{name!r} is known of responses to {told[0]} prompts to learn from and to "
                     f"{told[1]} held-out ones; give scores of both, or remove the objective"
                 )
-        trainer.train_dataset, trainer.eval_dataset = (
-            self._dataset(part) for part in (items, self.held_out)
-        )
+        trainer.train_dataset = self._dataset(items)
+        trainer.eval_dataset = as_given({n: self._dataset(part) for n, part in held_out.items()})
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.set_statistics(item["hidden"] for item in items)
         set_values(model, items)
@@ -597,9 +596,10 @@ class HeadTraining(TrainerCallback):
         device = trainer.accelerator.unwrap_model(trainer.model).value.weight.device
         heads: Any = MAVISValueModel.load(value_model)
         guide = HeadGuide([heads], 1, device)
-        self.held_out = []
+        by_name: dict[str, list[Any]] = {}
         for i, name in enumerate(trainer.objectives):
-            items, held_out = self._read({split: [of[name]] for split, of in folders.items()})
+            items, parts = self._read({split: [of[name]] for split, of in folders.items()})
+            held_out = list(chain(*parts.values()))
             weights = torch.zeros(1, len(trainer.objectives), device=device)
             weights[0, i] = trainer.args.beta * heads.config.candidate_scale[i]
             for item in (*items, *held_out):
@@ -617,14 +617,18 @@ class HeadTraining(TrainerCallback):
                 item["baseline"][:, i] = of_own["baseline"][:, 0]
             add_excess(items, trainer.args.gae_lambda)
             trainer.train_dataset.items += items
-            self.held_out += held_out
-        trainer.eval_dataset = self._dataset(self.held_out)
+            for split, part in parts.items():
+                by_name.setdefault(split, []).extend(part)
+        self.held_out = list(chain(*by_name.values()))
+        trainer.eval_dataset = as_given({n: self._dataset(part) for n, part in by_name.items()})
 
-    def _read(self, folders: Mapping[str, Sequence[Path]]) -> tuple[list[Any], list[Any]]:
-        """Items to learn from, and held-out ones."""
+    def _read(
+        self, folders: Mapping[str, Sequence[Path]]
+    ) -> tuple[list[Any], dict[str, list[Any]]]:
+        """Items to learn from, and held-out ones by dataset."""
         trainer, config = self.trainer, self.trainer.value_config
         learnt: list[Any] = []
-        held_out: list[Any] = []
+        held_out: dict[str, list[Any]] = {}
         for name, folder in ((name, folder) for name, of in folders.items() for folder in of):
             self.embedding = cache_hidden_states(
                 folder,
@@ -636,13 +640,13 @@ class HeadTraining(TrainerCallback):
                 trainer.accelerator,
             )
             items = self._dataset(folder=folder).items
-            if name == "eval":
-                held_out += items
-            elif "eval" in folders:
+            if name != "train":
+                held_out.setdefault(name, []).extend(items)
+            elif len(folders) > 1:
                 learnt += items
             else:
                 learnt += [x for i, x in enumerate(items) if i % HELD_OUT]
-                held_out += items[::HELD_OUT]
+                held_out.setdefault("eval", []).extend(items[::HELD_OUT])
         return learnt, held_out
 
     def _dataset(self, items: Sequence[Any] = (), folder: Path | None = None) -> HeadDataset:
@@ -701,7 +705,13 @@ class HeadTraining(TrainerCallback):
             values, advantages = read_heads(model, batch, self.embedding)
             metrics.add(self._sums(batch, values, advantages))
         model.train(training)
-        return metrics.measures()
+        measures = metrics.measures()
+        if unknown := [name for name in trainer.objectives if name not in measures]:
+            raise ValueError(
+                f"no held-out prompt has a reward of {unknown[0]!r}, on which its heads are chosen "
+                "and scaled: give an `eval_dataset` with prompts that it applies to"
+            )
+        return measures
 
     def _consider(self) -> dict[str, Any]:
         """Keeps the heads as they are if they are the best so far; returns their measures."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -52,13 +52,16 @@ from .data import (
     PAIR,
     RESPONSE,
     Responses,
+    as_given,
     check_log_probs,
+    named_sets,
     once_each,
     read_responses,
     row_kwargs,
     score_columns,
     scored_in_data,
     store_responses,
+    store_stream,
     tokenize,
     with_prompts,
 )
@@ -156,7 +159,7 @@ class MAVISTrainer(Trainer):
             place of a function: the objective's scores are in the dataset, in the column of its
             name, those of the responses there. Without names, as in TRL, an objective is named by
             its function's `__name__`, or by the last part of its model's id.
-        train_dataset ([`~datasets.Dataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Dataset of prompts, with a column `"prompt"` of strings (standard) or lists of messages
             (conversational). Other columns are passed to the reward functions, and a column
             `"tools"` of JSON schemas to the chat template, too.
@@ -182,10 +185,14 @@ class MAVISTrainer(Trainer):
             their prompt in a column or in both, and optionally `"margin"`, in log-odds. The
             objective is named `"preference"`. Its values are in standard deviations of the noise of
             a judgement, `pi / sqrt(6)` log-odds: see [`~trimtab.trainers.preferences`].
-        eval_dataset ([`~datasets.Dataset`], *optional*):
+        eval_dataset ([`~datasets.Dataset`], or `dict` of names to these, *optional*):
             Dataset of prompts to evaluate on, with its own rollouts, sampled once. With several
             iterations it also scales the values and measures the policies. Without `reward_funcs`,
-            responses with the same columns.
+            responses with the same columns. Of several by name, the metrics of each are
+            `eval_<name>_...`, and all of them choose and scale.
+
+            Datasets that are streamed are read to their end, into Parquet files beside the
+            rollouts.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The base model's tokenizer. If `None`, it is loaded with
             [`~transformers.AutoTokenizer.from_pretrained`].
@@ -217,14 +224,15 @@ class MAVISTrainer(Trainer):
     _run: RunState
     _inputs: dict[str, Any]  # what the training that runs is made from
     _trainings = 0  # that this trainer has begun
+    _prefix = "eval"  # of the metrics
 
     def __init__(
         self,
         model: str | MAVISValueModel,
         args: MAVISConfig | None = None,
         reward_funcs: Any = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -269,7 +277,13 @@ class MAVISTrainer(Trainer):
             )
         self.base_model = base_model
         self._responses: dict[str, Responses] = {}  # by dataset, if they are there already
-        columns = set(getattr(train_dataset, "column_names", None) or ())
+        sets = named_sets(train_dataset, eval_dataset)
+        for name, dataset in sets.items():
+            if isinstance(dataset, IterableDataset):
+                folder = rollout_dir(args) / "streamed"
+                with args.main_process_first(desc=f"storing `{name}_dataset`"):
+                    sets[name] = store_stream(dataset, folder, name, args.process_index == 0)
+        columns = set(getattr(sets["train"], "column_names", None) or ())
         scored = scored_in_data(reward_funcs)
         named = list(reward_funcs) if scored else []
         if scored:
@@ -283,7 +297,7 @@ class MAVISTrainer(Trainer):
         self._pairs = reward_funcs is None and bool(columns & set(PAIR))
         self._of_data = self._pairs or (reward_funcs is None and bool(columns & set(RESPONSE)))
         if self._pairs:
-            train_dataset, eval_dataset = with_prompts(train_dataset), with_prompts(eval_dataset)
+            sets = {name: with_prompts(dataset) for name, dataset in sets.items()}
         if (self._of_data or scored) and args.num_iterations > 1:
             raise ValueError(
                 f"num_iterations={args.num_iterations} needs `reward_funcs`, for every objective: "
@@ -297,8 +311,7 @@ class MAVISTrainer(Trainer):
         self.objectives = named if scored else list(self.reward_funcs)
         if self._of_data and not scored:
             given = [] if isinstance(model, str) else list(model.config.objectives or [])
-            found: Any = train_dataset
-            self.objectives = given or score_columns(found)
+            self.objectives = given or score_columns(sets["train"])
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_model, **source_of(args))
         self.tree_config = TreeConfig(
@@ -358,13 +371,11 @@ class MAVISTrainer(Trainer):
         revision = source_of(args).get("revision", "main")
         self.eos_token_ids = end_tokens(base_model, processing_class, revision)
         self._heads = HeadTraining(self) if self.value_config.head_type == "hidden" else None
-        self._prompt_ids = {}
-        for name, dataset in (("train", train_dataset), ("eval", eval_dataset)):
-            if name == "train" or dataset is not None:
-                self._prompt_ids[name] = self._tokenize_prompts(
-                    name, dataset, processing_class, args
-                )
-        self._prompts: dict[str, Any] = {"train": train_dataset, "eval": eval_dataset}
+        self._prompt_ids = {
+            name: self._tokenize_prompts(name, dataset, processing_class, args)
+            for name, dataset in sets.items()
+        }
+        self._prompts = dict(sets)
         of_template: Any = args.chat_template_kwargs
         if self._of_data or scored:
             self._responses = {
@@ -394,7 +405,7 @@ class MAVISTrainer(Trainer):
             count = len(self._prompt_ids["train"])
             if self._responses:
                 count = min(count, len(self._responses["train"].trees))
-            if eval_dataset is None and count < HELD_OUT:
+            if len(sets) == 1 and count < HELD_OUT:
                 raise ValueError(
                     f"`train_dataset` has {count} prompts, and heads are chosen and "
                     f"scaled by held-out ones: give an `eval_dataset`, or at least {HELD_OUT} "
@@ -413,8 +424,8 @@ class MAVISTrainer(Trainer):
             data_collator=collate_rows
             if self._heads is not None
             else tree_collator(value_model, self.eos_token_ids),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=sets["train"],
+            eval_dataset=as_given(sets),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -557,7 +568,7 @@ class MAVISTrainer(Trainer):
         return tokens, found["log_probs"]
 
     def _rollout_dir(self) -> Path:
-        return Path(self.args.rollout_dir or Path(self.args.output_dir) / "rollouts")
+        return rollout_dir(self.args)
 
     @contextmanager
     def _sampling(self) -> Any:
@@ -647,7 +658,7 @@ class MAVISTrainer(Trainer):
             for metric, values in of_process.items():
                 logged.setdefault(metric, []).extend(values)
         if logged:
-            prefix = "eval_" if name == "eval" else ""
+            prefix = "" if name == "train" else f"{name}_"
             self.log({prefix + metric: float(np.mean(x)) for metric, x in logged.items()})
         if not (self.args.log_completions and self.is_world_process_zero()):
             return
@@ -689,8 +700,7 @@ class MAVISTrainer(Trainer):
                     *([] if self._of_data else self._collect(name)),
                     *(self._store(name) if self._responses else []),
                 ]
-                for name, dataset in self._prompts.items()
-                if dataset is not None
+                for name in self._prompts
             }
         for responses in self._responses.values():
             if responses.references:
@@ -715,8 +725,10 @@ class MAVISTrainer(Trainer):
         self._begin_iterations()
         if self._heads is None:
             check_tree_attention(self, self.train_dataset.sequences)
-        if self._heads is None and self.args.num_iterations > 1 and "eval" in trees:
-            self._scale_sequences = [dict(s) for s in self.eval_dataset.sequences]
+        if self._heads is None and self.args.num_iterations > 1 and len(trees) > 1:
+            given = self.eval_dataset
+            packed = given.values() if isinstance(given, dict) else [given]
+            self._scale_sequences = [dict(s) for part in packed for s in part.sequences]
 
     def _sources(self, trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
         """Of trees those that were sampled, and those of a dataset's own responses."""
@@ -754,14 +766,14 @@ class MAVISTrainer(Trainer):
         )
         self._pack(trees)
         self._history = PolicyHistory(self.args.beta)
-        if "eval" in trees and self.args.num_iterations > 1:
-            base = {name: trees["eval"] for name in self.objectives}
+        if len(trees) > 1 and self.args.num_iterations > 1:
+            base = dict.fromkeys(self.objectives, held_out(trees))
             self._history.add(base, config.reward_mean, config.reward_std)
 
     def _collect_from_policy(self) -> None:
         """Measures the policy of the last iteration, and samples from it for the next one."""
         self._iteration += 1
-        names = [name for name, dataset in self._prompts.items() if dataset is not None]
+        names = list(self._prompts)
         if self._iteration == self.args.num_iterations:
             names.remove("train")
         with self._sampling():
@@ -769,9 +781,13 @@ class MAVISTrainer(Trainer):
                 name: {objective: self._collect(name, objective) for objective in self.objectives}
                 for name in names
             }
-        if "eval" in by_name:
+        if set(names) - {"train"}:
             config = self.value_config
-            self._history.add(by_name["eval"], config.reward_mean, config.reward_std)
+            measures = {
+                objective: held_out({name: of[objective] for name, of in by_name.items()})
+                for objective in self.objectives
+            }
+            self._history.add(measures, config.reward_mean, config.reward_std)
             measured = self._history.policies[-1]
             scales = load_config(str(self._value_model(self._iteration - 1))).candidate_scale
             for name, scale in zip(self.objectives, scales or []):
@@ -821,8 +837,9 @@ class MAVISTrainer(Trainer):
         self.train_dataset = pack(sampled, leaf_fraction=args.leaf_fraction, seed=args.seed)
         # The bottom layer of responses that are there already is all that there is.
         self.train_dataset.sequences += pack(of_data).sequences
-        if "eval" in trees:
-            self.eval_dataset = pack(trees["eval"])
+        if len(trees) > 1:
+            packed = {name: pack(of) for name, of in trees.items() if name != "train"}
+            self.eval_dataset = as_given(packed)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -1011,8 +1028,8 @@ class MAVISTrainer(Trainer):
         data: dict[str, Any] = {"rollouts": trees_fingerprint(self._trees)}
         if not self.on_policy:
             data["on policy"] = False
-        if "eval" in self._base_trees:
-            data["eval rollouts"] = trees_fingerprint(self._base_trees["eval"])
+        if len(self._base_trees) > 1:
+            data["eval rollouts"] = trees_fingerprint(held_out(self._base_trees))
         return data
 
     def _is_finished(self, iteration: int) -> bool:
@@ -1130,7 +1147,8 @@ class MAVISTrainer(Trainer):
         mode = "train" if self.model.training else "eval"
         if self._metrics[mode].sums is not None:
             metrics = self._metrics[mode].compute(self.accelerator)
-            logs.update({f"eval_{k}": v for k, v in metrics.items()} if mode == "eval" else metrics)
+            prefix = f"{self._prefix}_" if mode == "eval" else ""
+            logs.update({prefix + k: v for k, v in metrics.items()})
         if self.args.num_iterations > 1:
             logs["iteration"] = self._iteration
         super().log(logs, start_time)
@@ -1139,14 +1157,15 @@ class MAVISTrainer(Trainer):
         self, eval_dataset: Any = None, **kwargs: Any
     ) -> dict[str, float]:
         """
-        Evaluates on the rollouts of the trainer's `eval_dataset`. Arguments are those of
-        [`~transformers.Trainer.evaluate`].
+        Evaluates on the rollouts of the trainer's `eval_dataset`, or of the one of that name.
+        Further arguments are those of [`~transformers.Trainer.evaluate`].
         """
-        if isinstance(eval_dataset, Dataset):
+        if not isinstance(eval_dataset, (str, type(None))):
             raise ValueError(
                 "`evaluate` needs rollouts: give these prompts to the trainer as `eval_dataset`"
             )
         self.collect_rollouts()
+        self._prefix = kwargs.get("metric_key_prefix", "eval")
         return super().evaluate(eval_dataset, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -1347,6 +1366,16 @@ def explained_variance(moments: torch.Tensor) -> float:
 def sorted_text(value: Any) -> Any:
     """Of what JSON has no form for: a set in order, anything else as text."""
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def held_out(by_name: Mapping[str, Sequence[Tree]]) -> list[Tree]:
+    """Of trees by dataset those of all that are evaluated on."""
+    return [tree for name, trees in by_name.items() if name != "train" for tree in trees]
+
+
+def rollout_dir(args: MAVISConfig) -> Path:
+    """Where the rollouts are."""
+    return Path(args.rollout_dir or Path(args.output_dir) / "rollouts")
 
 
 def precision_of(kwargs: Mapping[str, Any] | None) -> dict[str, str]:

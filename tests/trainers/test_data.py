@@ -1010,3 +1010,65 @@ def test_mixtures_that_cannot_be_learnt_from_are_named(base_model, tmp_path, row
 def test_columns_of_scores_can_be_chosen_by_name(base_model, tmp_path):
     made = MAVISTrainer(base_model, config(tmp_path), {"bad": None}, Dataset.from_list(scored(4)))
     assert made.objectives == ["bad"] and not made.reward_funcs
+
+
+def streamed(rows):
+    """As from a hub, without a length."""
+    return Dataset.from_list(rows).to_iterable_dataset()
+
+
+@pytest.mark.parametrize("what", ["prompts", "scores", "pairs"])
+def test_a_stream_trains_as_its_rows_do(base_model, tmp_path, what):
+    fields = {**FIELDS, "num_train_epochs": 1}
+    rows = {"prompts": prompts(10).to_list(), "scores": scored(10), "pairs": paired(10)}[what]
+    rewards = {"goodness": goodness} if what == "prompts" else None
+    weights = []
+    for of in (Dataset.from_list, streamed):
+        folder = tmp_path / of.__name__
+        made = MAVISTrainer(
+            base_model, config(folder, **fields), rewards, of(rows), {"some": of(rows[:20])}
+        )
+        made.train()
+        weights.append(made.model.state_dict())
+    stored = Dataset.from_parquet(
+        str(folder / "rollouts" / "streamed" / "train.parquet"), cache_dir=str(tmp_path)
+    )
+    assert stored.to_list() == rows
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head_type", ["hidden", "state"])
+def test_metrics_of_several_evaluation_sets_are_those_of_each(base_model, tmp_path, head_type):
+    fields = {"hidden": FIELDS, "state": {"top_k": 18}}[head_type]
+    fields = {**fields, "num_train_epochs": 1, "head_type": head_type}
+    data = Dataset.from_list(scored(12))
+    sets = {name: Dataset.from_list(scored(9, i, seed=i)) for i, name in ((1, "near"), (2, "far"))}
+    together = trainer(base_model, tmp_path / "both", data, sets, **fields)
+    together.train()
+    metrics = together.evaluate()
+    assert sorted(together.eval_dataset) == ["far", "near"]
+    if head_type == "hidden":  # chosen and scaled by all of them
+        assert len(together._heads.held_out) == 18
+    one = together.evaluate("near", metric_key_prefix="test")
+    for name, dataset in sets.items():
+        alone = trainer(base_model, tmp_path / name, data, dataset, **fields)
+        alone.collect_rollouts()
+        alone.model.load_state_dict(together.model.state_dict())
+        expected = alone.evaluate()
+        compared = [key for key in expected if "/" in key or key.endswith("loss")]
+        assert len(compared) > 4
+        for key in compared:
+            found = metrics[key.replace("eval_", f"eval_{name}_", 1)]
+            assert found == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+            if name == "near":
+                assert one[key.replace("eval_", "test_", 1)] == pytest.approx(found)
+    assert not any(key.startswith("eval_kl") or "eval_explained" in key for key in metrics)
+
+
+def test_evaluation_sets_that_cannot_be_used_are_named(base_model, tmp_path):
+    data = Dataset.from_list(scored(9))
+    with pytest.raises(ValueError, match="`eval_dataset` has the name 'a/b', which is to be"):
+        trainer(base_model, tmp_path, data, {"a/b": data})
+    made = trainer(base_model, tmp_path, data, {"a": data})
+    with pytest.raises(ValueError, match="give these prompts to the trainer as `eval_dataset`"):
+        made.evaluate({"b": data})
