@@ -751,6 +751,7 @@ class _CONGO(base.Optimizer):
         d, gradient = self.dimension, estimate.gradient
         jump, gain = np.zeros(d), 0.0
         likely = np.isin(self._levels.positions, estimate.support)
+        likely |= estimate.shared > 0.5  # a slope that all share, a price, is every knob's
         down, up = self._levels.neighbours(self._x, self._length)
         for k in np.flatnonzero(
             (likely | np.isin(self._levels.positions, list(estimate.bends))) & self._levels.integers

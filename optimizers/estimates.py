@@ -122,6 +122,7 @@ class Estimate:
         noise: standard deviation of one measurement around the fit; NaN if nothing tells.
         bend: cost that perturbations add on average, per squared length a knob; NaN if not fitted.
         common: the slope that all coordinates share, part of the gradient.
+        shared: probability that they share one.
         bends: of a coordinate with levels, cost of a step either way, per unit length.
         left: ``[n + 1]`` what the fit leaves of the losses, the base point's first, or None.
         spread: mean squared residual of the long rows over that of the short ones, or NaN.
@@ -135,6 +136,7 @@ class Estimate:
     noise: float = math.nan
     bend: float = math.nan
     common: float = 0.0
+    shared: float = 0.0
     bends: dict[int, float] = dataclasses.field(default_factory=dict)
     spread: float = math.nan
     left: FloatArray | None = None
@@ -246,8 +248,14 @@ def sparse(measurements: Measurements, told: np.ndarray, losses: FloatArray) -> 
         if integers.size:
             columns.append(centred(np.abs(steps[:, integers])))
         matrix = np.hstack([*columns, extra])
+        # Of few knobs, as are most that have levels, one alone looks like a slope that all share.
+        paid = int(measurements.leveled.size > 0)
         mean, inclusion = recovery.sparse_regression(
-            matrix, y, d + measurements.integers.size, extra.shape[1], intercept=True
+            matrix,
+            y,
+            d + measurements.integers.size + paid,
+            extra.shape[1] - paid,
+            intercept=True,
         )
         linear, probability = mean[: working.size], inclusion[: working.size]
         left = centred(y - matrix @ mean)
@@ -272,6 +280,7 @@ def sparse(measurements: Measurements, told: np.ndarray, losses: FloatArray) -> 
         noise=float(np.linalg.norm(left)) / math.sqrt(degrees),
         bend=float(mean[-2]),
         common=common,
+        shared=float(inclusion[-3]),
         bends={
             int(working[i]): float(mean[working.size + k])
             for k, i in enumerate(integers)

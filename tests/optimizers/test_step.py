@@ -233,6 +233,20 @@ def test_integers_move_by_levels():
     assert list(found) == [4, 1] + [2] * 18
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_integers_follow_a_slope_that_all_share(noise):
+    """Thirty replicas each cost their price; a latency wants twelve of one."""
+    knobs = {f"k{i:02d}": ng.p.Scalar(init=10, lower=1, upper=20) for i in range(30)}
+    optimizer = make(ng.p.Dict(**{k: x.set_integer_casting() for k, x in knobs.items()}))
+
+    def cost(k):
+        return sum(k.values()) + 10 * abs(k["k03"] - 12)
+
+    assert cost(dict.fromkeys(knobs, 10)) == 320  # at the start; 41 is the least
+    play(optimizer, cost, 400, noise)
+    assert cost(optimizer.recommend().value) < (42 if not noise else 60)
+
+
 @pytest.mark.parametrize("budget", [150, 666])
 def test_nevergrads_realistic_scenario(budget):
     # Its test_ngopt_on_simple_realistic_scenario: a rate, an integer and a choice.
