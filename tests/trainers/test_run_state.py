@@ -371,18 +371,21 @@ def test_only_the_main_process_saves(base_model, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+# What both programs below begin with
 KILLS = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-from trainers.test_run_state import run
+from trainers.test_run_state import SINGLE, data, run
 import torch
 from safetensors.torch import save_file
 
 root, seed, kills = Path({root!r}), {seed}, {kills}
+fields = dict(rollout_batch_size=1)
 
 def start(folder, **options):
     # A process that has loaded everything, so that a kill costs no start, and a pipe in which it
     # puts a byte whenever it touches a file of its folder.
+    global tells
     told, tells = os.pipe()
     pid = os.fork()
     if pid:
@@ -393,12 +396,15 @@ def start(folder, **options):
         if event.startswith(("open", "os.")) and args and str(args[0]).startswith(str(folder)):
             os.write(tells, b".")
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        log = os.open(f"{{folder}}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 2)
         os.dup2(2, 1)
         sys.addaudithook(hook)
-        state = run({base!r}, folder, rollout_batch_size=1, **options)
+        state = run({base!r}, folder, **fields, **options)
         save_file(state, folder / "final.safetensors")
         code = 0
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
     finally:
         os._exit(code)
 
@@ -409,16 +415,19 @@ def touches(told, most=sys.maxsize):
         count += 1
     return count
 
-def wait(pid, told):
+def end(folder, pid, told, *codes):
     os.close(told)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    log = Path(f"{{folder}}.log").read_text()
+    assert code in codes, f"the run in {{folder}} fails: {{log[-2000:]}}"
+    return code
 
 def finish(folder, **options):
     # Number of touches of a whole run, and its mean time from one to the next.
     pid, told = start(folder, **options)
     began = time.monotonic()
     count = touches(told)
-    assert wait(pid, told) == 0, f"the run in {{folder}} fails"
+    end(folder, pid, told, 0)
     return count, (time.monotonic() - began) / count
 
 def interrupt(folder, moment):
@@ -427,10 +436,12 @@ def interrupt(folder, moment):
     touches(told, int(moment))
     time.sleep(moment % 1 * gap)  # what is half written has no touches
     os.kill(pid, signal.SIGKILL)
-    code = wait(pid, told)
-    assert code in (0, -signal.SIGKILL), f"the run in {{folder}} fails"
-    return code != 0
+    return end(folder, pid, told, 0, -signal.SIGKILL) != 0
+"""
 
+TWICE = (
+    KILLS
+    + """
 (root / "whole").mkdir()
 whole, gap = finish(root / "whole")
 expected = (root / "whole" / "final.safetensors").read_bytes()
@@ -454,11 +465,73 @@ for kill in range(kills):
     assert final == expected, f"kill {{kill}} ends with other weights"
 print(json.dumps(interrupted))
 """
+)
+
+# A run samples from two servers. At a random request one of them is killed, at a random moment the
+# run itself.
+SERVED = (
+    KILLS
+    + """
+from contextlib import ExitStack, suppress
+from trainers.test_rollouts import same
+from trainers.test_samplers import vllm_servers
+from trimtab.trainers import read_rollouts, samplers
+
+samplers.SERVER_RETRIES = 0
+fields = SINGLE | dict(rollout_batch_size=3, layers=3, save_steps=4, dataset=data(12))
+complete, requests, fatal, dying = samplers.ServerSampler._complete, 0, None, None
+
+async def counted(*args):
+    global requests
+    requests += 1
+    os.write(tells, b".")
+    if requests == fatal:
+        with suppress(ProcessLookupError):  # it is dead
+            os.killpg(dying.pid, signal.SIGKILL)
+    return await complete(*args)
+
+samplers.ServerSampler._complete = counted
+
+def trees(folder):
+    return [read_rollouts(folder / "rollouts" / name) for name in ("train", "eval")]
+
+def serve(count):
+    return servers.enter_context(vllm_servers({base!r}, root, count))
+
+rng, deaths = random.Random(seed), 0
+with ExitStack() as servers:
+    (dying, other), (_, url) = serve(2)
+    fields["vllm_server_base_url"] = [other, url]
+    (root / "whole").mkdir()
+    whole, gap = finish(root / "whole")
+    expected = (root / "whole" / "final.safetensors").read_bytes()
+    sampled = trees(root / "whole")
+    for kill in range(kills):
+        if kill and {restart}:
+            ((dying, other),) = serve(1)
+            fields["vllm_server_base_url"] = [other, url]
+        alive = dying.poll() is None
+        folder = root / str(kill)
+        folder.mkdir()
+        fatal, moment = rng.randrange(1, 60), whole * rng.random()
+        while not interrupt(folder, moment):
+            shutil.rmtree(folder)
+            folder.mkdir()
+            moment *= rng.random()
+        finish(folder, resume=True)
+        deaths += alive and dying.poll() is not None
+        for trees_now, trees_then in zip(trees(folder), sampled):
+            same(trees_now, trees_then)
+        final = (folder / "final.safetensors").read_bytes()
+        assert final == expected, f"kill {{kill}} ends with other weights"
+print(json.dumps(deaths))
+"""
+)
 
 
-def killed(base_model, folder, kills, seed=0):
-    """Number of processes that were killed before their end, two for each of `kills` runs."""
-    script = KILLS.format(root=str(folder), base=base_model, kills=kills, seed=seed)
+def killed(program, base_model, folder, kills, seed=0, **more):
+    """What a program that kills has printed."""
+    script = program.format(root=str(folder), base=base_model, kills=kills, seed=seed, **more)
     made = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=TESTS,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -468,9 +541,26 @@ def killed(base_model, folder, kills, seed=0):
 
 
 def test_run_killed_at_a_random_moment_ends_with_the_same_weights(base_model, tmp_path):
-    assert killed(base_model, tmp_path, 1) == 2
+    assert killed(TWICE, base_model, tmp_path, 1) == 2
 
 
 @pytest.mark.long
 def test_twenty_runs_killed_at_random_moments_end_with_the_same_weights(base_model, tmp_path):
-    assert killed(base_model, tmp_path, 20, seed=1) == 40
+    assert killed(TWICE, base_model, tmp_path, 20, seed=1) == 40
+
+
+def test_runs_that_die_while_a_server_does_end_with_the_same_trees_and_weights(
+    base_model, tmp_path
+):
+    pytest.importorskip("vllm")
+    pytest.importorskip("openai")
+    assert killed(SERVED, base_model, tmp_path, 2, restart=False) == 1
+
+
+@pytest.mark.long
+def test_twenty_runs_that_die_while_a_server_does_end_with_the_same_trees_and_weights(
+    base_model, tmp_path
+):
+    pytest.importorskip("vllm")
+    pytest.importorskip("openai")
+    assert killed(SERVED, base_model, tmp_path, 20, seed=1, restart=True) == 20

@@ -11,7 +11,7 @@ import textwrap
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -476,7 +476,8 @@ def vllm_servers(model, folder, count):
         yield servers
     finally:
         for process, _ in servers:
-            os.killpg(process.pid, signal.SIGKILL)  # its engine, too, where it has died itself
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its engine, too, where it has died itself
             process.wait()
 
 
