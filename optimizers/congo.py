@@ -944,7 +944,7 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
     Raises:
         ValueError: for an option out of its range.
 
-    Example:
+    Examples:
         >>> import nevergrad as ng
         >>> import trimtab.optimizers
         >>> optimizer = ng.optimizers.registry["CONGO"](parametrization=100, budget=2000)
