@@ -56,18 +56,14 @@ def model_card(config: MAVISValueConfig) -> str:
     served = json.dumps({"mavis": {"value_models": ["THIS_MODEL"]}})
     provenance = config.provenance or {}
     made = json.dumps(provenance, indent=2)
-    deviation = "standard deviation"
-    if "reward_std" in provenance:
-        deviation += f" {provenance['reward_std']}"
-    # Responses from data need not be the base model's.
-    rollouts = provenance.get("rollouts") or {}
-    of_data = rollouts.get("source") == "data" and not rollouts.get("from_base_model")
-    scored = "score in the data" if of_data else "reward under the base model"
-    if isinstance(given := rollouts.get("responses"), dict):  # of some of the objectives
-        scored += f", of {', '.join(given['objectives'])} score in the data"
+    deviation = f"standard deviation {unit_of(provenance)}".rstrip()
+    of_data = _objectives_of_data(provenance, names)
+    scored = "score in the data" if of_data == names else "reward under the base model"
+    if of_data and of_data != names:
+        scored += f", of {', '.join(of_data)} score in the data"
     measured = _policies_table(provenance["iterations"]) if "iterations" in provenance else ""
     if "held_out" in provenance:
-        measured += _efficiency_table(provenance["held_out"], of_data)
+        measured += _efficiency_table(provenance["held_out"], bool(of_data))
     return f"""---
 library_name: transformers
 tags: [mavis, value-model]
@@ -93,6 +89,31 @@ Predicts the reward that a partial response of `{base}` will end with, for value
 {made}
 ```
 """
+
+
+def unit_of(provenance: dict[str, Any], default: str = "") -> str:
+    """What the standard deviations of the rewards are of."""
+    unit: str = provenance.get("reward_std", default)
+    for made in provenance.get("added", []):
+        if made["reward_std"] != unit:
+            unit += f", {', '.join(made['objectives'])}: {made['reward_std']}"
+    return unit
+
+
+def _objectives_of_data(provenance: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Objectives whose responses were given, which need not be the base model's."""
+    others = provenance.get("added", [])
+    added = {name for made in others for name in made["objectives"]}
+    first = {**provenance, "objectives": [name for name in names if name not in added]}
+    found: set[str] = set()
+    for made in (first, *others):
+        rollouts = made.get("rollouts") or {}
+        given = rollouts.get("responses")
+        # Beside sampled responses they say whose they are.
+        given = given if isinstance(given, dict) else {"objectives": made["objectives"], **rollouts}
+        if given.get("source") == "data" and not given.get("from_base_model"):
+            found.update(given["objectives"])
+    return [name for name in names if name in found]
 
 
 def _policies_table(iterations: dict[str, Any]) -> str:

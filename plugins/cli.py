@@ -52,6 +52,8 @@ def inspect(arguments: list[str]) -> int:
 
 def describe(name: str, config: Any) -> list[str]:
     """Lines about a value model."""
+    from .value_model import unit_of
+
     if config.head_type == "hidden":
         reads = f"the hidden state of the base model, of width {config.base_hidden_size}"
     else:
@@ -70,7 +72,7 @@ def describe(name: str, config: Any) -> list[str]:
         f"served here  {', '.join(f'{p} {v}' for p, v in here.items() if v) or 'not installed'}",
         "",
     ]
-    unit = "within a prompt" if made.get("reward_std") == "within a prompt" else "of all responses"
+    unit = unit_of(made, "of all responses")
     held_out = made.get("held_out", {})
     rows = [["objective", "mean reward", f"std {unit}", "scale", "KL efficiency"]]
     scales = config.candidate_scale or [1.0] * len(config.objectives)

@@ -15,6 +15,7 @@ the same `C` in expectation, and a better one with less noise.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from trimtab.plugins.heads import HeadGuide
-from trimtab.plugins.value_model import MAVISValueModel
+from trimtab.plugins.heads import HeadGuide, MAVISValueHeads
+from trimtab.plugins.value_model import MAVISValueConfig, MAVISValueModel
 
 from .data import as_given
 from .hidden_states import HeadDataset, cache_hidden_states, collate_rows
@@ -492,6 +493,80 @@ def set_values(model: Any, items: Sequence[dict[str, Any]]) -> None:
     model.value.requires_grad_(False)
 
 
+def further_heads(kept: MAVISValueHeads, objectives: Sequence[str]) -> MAVISValueHeads:
+    """
+    Untrained heads of further objectives, on the features of those that there are.
+
+    What the layers and tokens have in common is that of `kept`: the statistics of hidden states,
+    the first layers, which are not trained, and `P`, which [`keep_actions`] keeps.
+    """
+    config = copy.deepcopy(kept.config)
+    config.objectives, count = list(objectives), len(objectives)
+    config.reward_mean, config.reward_std = [0.0] * count, [1.0] * count
+    config.candidate_scale = config.candidate_range = config.provenance = None
+    made = MAVISValueHeads(config)
+    made.hidden_mean.copy_(kept.hidden_mean)
+    made.hidden_std.copy_(kept.hidden_std)
+    for own, theirs in ((made.query, kept.query), (made.action, kept.action)):
+        own.expand.load_state_dict(theirs.expand.state_dict())
+        own.expand.requires_grad_(False)
+    keep_actions(made, kept)
+    return made
+
+
+@torch.no_grad()
+def keep_actions(model: MAVISValueHeads, kept: MAVISValueHeads) -> None:
+    """Sets `P`, which shares its parameters with the `b` that are trained, to that of `kept`."""
+    rank = kept.config.action_rank
+    model.action.weight[..., :rank] = kept.action.weight[..., :rank]
+    model.action.bias[..., :rank] = kept.action.bias[..., :rank]
+
+
+def joined_heads(
+    kept: MAVISValueHeads, weights: Mapping[str, torch.Tensor], config: MAVISValueConfig
+) -> MAVISValueHeads:
+    """The heads of `kept`, bit for bit, and after them those of [`further_heads`] with these
+    `weights` and this `config`."""
+    rank = config.action_rank
+    # Where the objectives' own parts are: their axis, and what all have in common before them.
+    own = {
+        "value.weight": (0, 0),
+        "value.bias": (0, 0),
+        "query.weight": (-1, 0),
+        "query.bias": (-1, 0),
+        "action.weight": (-1, rank),
+        "action.bias": (-1, rank),
+        "action_table": (-1, config.ensemble_size * rank),
+    }
+    joined = {}
+    for name, there in kept.state_dict().items():
+        joined[name] = there
+        if name in own:
+            axis, common = own[name]
+            added = weights[name].to(there)
+            added = added.narrow(axis, common, added.shape[axis] - common)
+            joined[name] = torch.cat((there, added), dim=axis)
+    made = MAVISValueHeads(joined_config(kept.config, config))
+    made.load_state_dict(joined)
+    return made
+
+
+def joined_config(kept: MAVISValueConfig, added: MAVISValueConfig) -> MAVISValueConfig:
+    """That of [`joined_heads`]; what made the objectives that were added is listed for itself."""
+    config = copy.deepcopy(kept)
+    for field, default in (("reward_mean", 0.0), ("reward_std", 1.0), ("candidate_scale", 1.0)):
+        numbers = [getattr(x, field) or [default] * len(x.objectives or []) for x in (kept, added)]
+        setattr(config, field, [*numbers[0], *numbers[1]])
+    config.objectives = [*(kept.objectives or []), *(added.objectives or [])]
+    made, before = dict(added.provenance or {}), dict(kept.provenance or {})
+    measured = {**before.get("held_out", {}), **made.pop("held_out", {})}
+    others = [*before.get("added", []), {"objectives": added.objectives, **made}]
+    config.provenance = {**before, "added": others}
+    if measured:
+        config.provenance["held_out"] = measured
+    return config
+
+
 class HeadMetrics:
     """
     KL efficiency and explained variance over any number of batches.
@@ -574,7 +649,8 @@ class HeadTraining(TrainerCallback):
         trainer.train_dataset = self._dataset(items)
         trainer.eval_dataset = as_given({n: self._dataset(part) for n, part in held_out.items()})
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.set_statistics(item["hidden"] for item in items)
+        if trainer._kept is None:
+            model.set_statistics(item["hidden"] for item in items)
         set_values(model, items)
         add_baseline(items, self.held_out, self.embedding, model.value.weight.device)
         add_excess(items, trainer.args.gae_lambda)
@@ -732,6 +808,11 @@ class HeadTraining(TrainerCallback):
         # checkpoint may have been made before it was measured.
         if (epochs or self.trainer._iteration) and abs(epochs - round(epochs)) < 1e-6:
             self._consider()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer._kept is not None:
+            keep_actions(trainer.accelerator.unwrap_model(trainer.model), trainer._kept)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         measures = self._consider()

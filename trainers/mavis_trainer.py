@@ -67,7 +67,14 @@ from .data import (
 )
 from .files import write_json
 from .fingerprints import identify, state_fingerprint, weights_fingerprint
-from .head_training import HELD_OUT, HeadMetrics, HeadTraining
+from .head_training import (
+    HELD_OUT,
+    HeadMetrics,
+    HeadTraining,
+    further_heads,
+    joined_config,
+    joined_heads,
+)
 from .hidden_states import collate_rows
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
@@ -147,7 +154,10 @@ class MAVISTrainer(Trainer):
             - A string, being the id or path of the *base model* to guide. A value model is made
               for it, of the kind that `args.head_type` names.
             - A value model, or the folder of one, whose `base_model` is sampled from and whose
-              objectives are those of `reward_funcs`.
+              objectives are those of `reward_funcs` or of the dataset's columns. If none of these
+              are its objectives, they are added to it, with `head_type="hidden"`: what is there
+              stays bit-identical, and the new heads read the features of those that are there.
+              `trainer.model` then has the new heads, and `save_model` writes all.
         args ([`MAVISConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         reward_funcs (`dict[str, Callable | str | PreTrainedModel]`, or a `list` of these, or one):
@@ -276,6 +286,8 @@ class MAVISTrainer(Trainer):
                 "`model` as the base model's id or path, and leave `train_embeddings` off"
             )
         self.base_model = base_model
+        given: Any = None if isinstance(model, str) else model
+        there = [] if given is None else list(given.config.objectives or [])
         self._responses: dict[str, Responses] = {}  # by dataset, if they are there already
         sets = named_sets(train_dataset, eval_dataset)
         for name, dataset in sets.items():
@@ -310,8 +322,18 @@ class MAVISTrainer(Trainer):
         )
         self.objectives = named if scored else list(self.reward_funcs)
         if self._of_data and not scored:
-            given = [] if isinstance(model, str) else list(model.config.objectives or [])
-            self.objectives = given or score_columns(sets["train"])
+            self.objectives = there
+            if (not self._pairs and not columns & set(there)) or not there:
+                self.objectives = score_columns(sets["train"])
+            elif not self._pairs and (left := set(score_columns(sets["train"])) - set(there)):
+                logger.warning(
+                    f"the columns {sorted(left)} are no objectives of the value model, which goes "
+                    f"on with {there}: to add them to it, give a dataset without these"
+                )
+        self._kept: Any = None  # a value model that objectives are added to
+        if there and not set(there) & set(self.objectives):
+            check_can_be_added(given.config, args, self.objectives)
+            self._kept = given
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_model, **source_of(args))
         self.tree_config = TreeConfig(
@@ -353,10 +375,13 @@ class MAVISTrainer(Trainer):
                 self.objectives,
                 tokenizer=processing_class,
             )
-        elif list(value_model.config.objectives or []) != self.objectives:
+        elif self._kept is not None:
+            value_model = further_heads(self._kept, self.objectives)
+        elif there != self.objectives:
             raise ValueError(
-                f"the value model has the objectives {value_model.config.objectives}, "
-                f"`reward_funcs` {self.objectives}; they must be the same in the same order"
+                f"the value model has the objectives {there}, `reward_funcs` or the data "
+                f"{self.objectives}; they must be the same in the same order, to go on with them, "
+                "or all others, to be added to it"
             )
         if args.top_k:
             value_model.config.top_k = args.top_k
@@ -1160,13 +1185,14 @@ class MAVISTrainer(Trainer):
         Evaluates on the rollouts of the trainer's `eval_dataset`, or of the one of that name.
         Further arguments are those of [`~transformers.Trainer.evaluate`].
         """
-        if not isinstance(eval_dataset, (str, type(None))):
+        asked: Any = eval_dataset
+        if not isinstance(asked, (str, type(None))):
             raise ValueError(
                 "`evaluate` needs rollouts: give these prompts to the trainer as `eval_dataset`"
             )
         self.collect_rollouts()
         self._prefix = kwargs.get("metric_key_prefix", "eval")
-        return super().evaluate(eval_dataset, **kwargs)
+        return super().evaluate(asked, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not there: values are of rollouts, and `evaluate` compares them with rewards."""
@@ -1233,6 +1259,9 @@ class MAVISTrainer(Trainer):
     def _save_value_model(self, folder: Path, state_dict: dict | None) -> None:
         """Saves a value model or its adapter, and the tokenizer, without pickled arguments."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._kept is not None:
+            weights = model.state_dict() if state_dict is None else state_dict
+            model, state_dict = joined_heads(self._kept, weights, self.value_config), None
         if is_peft_model(model) and not self.args.merge_adapter:
             self.value_config.save_pretrained(folder)
         elif is_peft_model(model):
@@ -1273,8 +1302,11 @@ class MAVISTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the value model's own card, as [`~trimtab.plugins.MAVISValueModel`] saves it."""
+        config = self.value_config
+        if self._kept is not None:
+            config = joined_config(self._kept.config, config)
         if self.is_world_process_zero():
-            (Path(self.args.output_dir) / "README.md").write_text(model_card(self.value_config))
+            (Path(self.args.output_dir) / "README.md").write_text(model_card(config))
 
 
 class ValueMetrics:
@@ -1373,7 +1405,7 @@ def held_out(by_name: Mapping[str, Sequence[Tree]]) -> list[Tree]:
     return [tree for name, trees in by_name.items() if name != "train" for tree in trees]
 
 
-def rollout_dir(args: MAVISConfig) -> Path:
+def rollout_dir(args: Any) -> Path:
     """Where the rollouts are."""
     return Path(args.rollout_dir or Path(args.output_dir) / "rollouts")
 
@@ -1452,6 +1484,27 @@ def refuse_for_heads(args: MAVISConfig, peft_config: Any) -> None:
         raise ValueError(
             "`peft_config`, `train_embeddings` and `merge_adapter` are for a backbone, and heads "
             "on the base model's hidden state have none: leave them out, or set head_type='state'"
+        )
+
+
+def check_can_be_added(config: MAVISValueConfig, args: MAVISConfig, added: list[str]) -> None:
+    """Raises `ValueError` where objectives cannot be added to a value model."""
+    names = f"{added}, beside the value model's {config.objectives}"
+    if config.head_type != "hidden":
+        raise ValueError(
+            f"objectives can be added with head_type='hidden' alone, got {names}, with "
+            f"head_type={config.head_type!r}: train a value model of its own for them, which is "
+            "served together with this one"
+        )
+    if args.num_iterations > 1:
+        raise ValueError(
+            f"num_iterations={args.num_iterations} cannot add objectives, got {names}: add them "
+            "with num_iterations=1"
+        )
+    if args.top_k != config.top_k:
+        raise ValueError(
+            f"`top_k` is {args.top_k} and the value model's is {config.top_k}, which it keeps when "
+            f"objectives are added: set top_k={config.top_k}"
         )
 
 

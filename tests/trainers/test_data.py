@@ -1072,3 +1072,23 @@ def test_evaluation_sets_that_cannot_be_used_are_named(base_model, tmp_path):
     made = trainer(base_model, tmp_path, data, {"a": data})
     with pytest.raises(ValueError, match="give these prompts to the trainer as `eval_dataset`"):
         made.evaluate({"b": data})
+
+
+def test_a_column_is_added_to_a_value_model_or_goes_on_with_it(base_model, tmp_path, warnings):
+    fields = {**FIELDS, "num_train_epochs": 1}
+    rows = [{**row, "calm": float(i % 3)} for i, row in enumerate(scored(12))]
+    data = Dataset.from_list(rows).remove_columns("bad")
+    first = trainer(base_model, tmp_path / "first", data.remove_columns("calm"), **fields)
+    first.train()
+    first.save_model()
+    folder = str(tmp_path / "first")
+    added = trainer(folder, tmp_path / "added", data.remove_columns("good"), **fields)
+    added.train()
+    added.save_model()
+    saved = MAVISValueModel.load(str(tmp_path / "added"))
+    assert saved.config.objectives == ["good", "calm"]
+    there = MAVISValueModel.load(folder)
+    torch.testing.assert_close(saved.value.weight[:1], there.value.weight, rtol=0, atol=0)
+    again = trainer(folder, tmp_path / "again", data, **fields)  # which has both
+    assert again.objectives == ["good"] and again._kept is None
+    assert any("['calm'] are no objectives of the value model" in message for message in warnings)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.plugins.transformers import MAVISLogitsProcessor
@@ -47,7 +47,7 @@ from trimtab.trainers.rollouts import read_rollouts
 from trimtab.trainers.trees import Tree, TreeConfig
 
 from .conftest import END, make_model
-from .test_mavis_trainer import prompts, text_of, trainer
+from .test_mavis_trainer import prompts, redness, text_of, trainer
 from .test_rollouts import add_rewards, grow
 
 
@@ -619,3 +619,127 @@ def test_defaults_depend_on_the_head(tmp_path):
         )
     ]
     assert chosen == [(1e-3, 3.0), (2e-4, 2.0), (5e-4, 3.0)]
+
+
+@pytest.fixture(scope="module")
+def extended(base_model, trained, tmp_path_factory):
+    """The value model of `trained`, with redness added; and the trainer that added it."""
+    _, folder = trained
+    made = trainer(
+        str(folder),
+        tmp_path_factory.mktemp("extended"),
+        {"redness": redness},
+        prompts(60),
+        **FIELDS,
+        weight_decay=0.1,
+    )
+    made.train()
+    made.save_model()
+    return made, folder, made.args.output_dir
+
+
+def test_objectives_that_are_there_stay_as_they_are(extended):
+    _, folder, joined = extended
+    before, after = (load_file(f"{x}/model.safetensors") for x in (folder, joined))
+    config, rank = MAVISValueModel.load(str(joined)).config, 32
+    assert config.objectives == ["goodness", "badness", "redness"]
+    whole = ["hidden_mean", "hidden_std"]
+    whole += [f"{x}.expand.{y}" for x in ("query", "action") for y in ("weight", "bias")]
+    for name in whole:
+        assert torch.equal(before.pop(name), after.pop(name)), name
+    for name, there in before.items():
+        axis = 0 if name.startswith("value.") else -1
+        assert torch.equal(there, after[name].narrow(axis, 0, there.shape[axis])), name
+        # One objective more, of which something was learnt
+        added = after[name].narrow(
+            axis, there.shape[axis], after[name].shape[axis] - there.shape[axis]
+        )
+        assert added.shape[axis] == (rank if name.startswith("query.") else 1), name
+        assert added.any(), name
+    old = MAVISValueModel.load(str(folder)).config
+    for field in ("reward_mean", "reward_std", "candidate_scale"):
+        assert getattr(config, field)[:2] == getattr(old, field), field
+        assert len(getattr(config, field)) == 3
+    assert config.provenance["held_out"].keys() == {"goodness", "badness", "redness"}
+    assert config.provenance["added"][0]["objectives"] == ["redness"]
+    assert config.provenance["rollouts"] == old.provenance["rollouts"]
+
+
+def test_an_added_objective_guides_and_the_table_is_that_of_all(base_model, tokenizer, extended):
+    made, _, folder = extended
+    model = MAVISValueModel.load(str(folder))
+    table = model.action_table.clone()
+    embedding = made._heads.embedding
+    model.write_table(embedding)
+    torch.testing.assert_close(model.action_table, table, rtol=0, atol=1e-3)
+    plain, red = (
+        share_of(base_model, folder, tokenizer, "red", weights) for weights in ({}, {"redness": 1})
+    )
+    assert red > plain + 0.2
+
+
+def share_of(base_model, folder, tokenizer, word, weights):
+    """Of responses that have a word."""
+    model = AutoModelForCausalLM.from_pretrained(base_model).eval()
+    ids = torch.tensor([tokenizer("a b").input_ids]).expand(200, -1)
+    processor = MAVISLogitsProcessor(
+        [str(folder)], weights=weights, beta=4.0, model=model, tokenizer=tokenizer
+    )
+    torch.manual_seed(0)
+    out = model.generate(
+        ids, do_sample=True, top_k=18, max_new_tokens=12, logits_processor=[processor]
+    )
+    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return np.mean([word in text for text in texts])
+
+
+def test_an_interrupted_addition_goes_on(base_model, trained, tmp_path):
+    _, folder = trained
+    fields = {**FIELDS, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
+
+    def adding(name, **more):
+        rewards = {"redness": redness}
+        return trainer(str(folder), tmp_path / name, rewards, prompts(16), **fields, **more)
+
+    whole = adding("whole")
+    adding("cut", callbacks=[StopAt(3)]).train()
+    again = adding("cut")
+    for made, resume in ((whole, None), (again, True)):
+        made.train(resume_from_checkpoint=resume)
+        made.save_model()
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+class StopAt(TrainerCallback):
+    """Ends the training after some steps, as an interruption does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize(
+    ("rewards", "fields", "message"),
+    [
+        (
+            {"goodness": goodness, "redness": redness},
+            {},
+            r"has the objectives \['goodness', 'badne",
+        ),
+        ({"redness": redness}, {"top_k": 17}, "`top_k` is 17 and the value model's is 18"),
+        ({"redness": redness}, {"num_iterations": 2}, "num_iterations=2 cannot add objectives"),
+    ],
+)
+def test_objectives_that_cannot_be_added_are_named(trained, tmp_path, rewards, fields, message):
+    _, folder = trained
+    with pytest.raises(ValueError, match=message):
+        trainer(str(folder), tmp_path, rewards, prompts(8), **{**FIELDS, **fields})
+
+
+def test_a_state_head_takes_no_further_objectives(base_model, tmp_path):
+    model = MAVISValueModel.from_base_model(base_model, ["goodness"], num_hidden_layers=1)
+    with pytest.raises(ValueError, match="can be added with head_type='hidden' alone, got"):
+        trainer(model, tmp_path, {"redness": redness})
