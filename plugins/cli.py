@@ -25,7 +25,10 @@ PREFIX = 40  # tokens
 
 @contextmanager
 def bad_input(command: str) -> Iterator[None]:
-    """What is raised within is the caller's to mend: a message without a trace, exit code 2."""
+    """
+    What is raised within is the caller's to mend: a message without a trace, exit code 2. Within
+    are what reads and checks arguments, and nothing that works on what they name.
+    """
     try:
         yield
     except (OSError, TypeError, ValueError) as error:

@@ -285,7 +285,6 @@ def train(arguments: list[str]) -> int:
         return 0
     with bad_input("train"):
         trainer, script_args = make_trainer("train", arguments)
-        trainer.collect_rollouts()
     trainer.train()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
@@ -317,15 +316,18 @@ def rollouts(arguments: list[str]) -> int:
         return 0
     with bad_input(command):
         trainer: Any = make_trainer(command, rest)[0]
-        if action == "score":
-            trainer._make_sampler = _refuse_to_sample
-        trainer.collect_rollouts()
+    if action == "score":
+        trainer._make_sampler = _refuse_to_sample
+    trainer.collect_rollouts()
     trainer.accelerator.print(f"Rollouts in {trainer._rollout_dir()}: `trimtab rollouts show`")
     return 0
 
 
 def _refuse_to_sample() -> Any:
-    raise ValueError("there are prompts without rollouts: `trimtab rollouts collect` samples them")
+    with bad_input("rollouts score"):
+        raise ValueError(
+            "there are prompts without rollouts: `trimtab rollouts collect` samples them"
+        )
 
 
 def show(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +10,12 @@ import torch
 from transformers import TrainingArguments
 
 from trimtab.plugins.value_config import HEAD_TYPES
+
+# Fields that one head alone takes
+OF_HEAD = {
+    "state": ("num_hidden_layers", "train_embeddings", "merge_adapter", "leaf_fraction"),
+    "hidden": ("action_rank", "gae_lambda"),
+}
 
 
 @dataclass
@@ -41,12 +47,12 @@ class MAVISConfig(TrainingArguments):
             Rank of the projections of heads on the base model's hidden state, used when `model` is
             a string.
         train_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether to train the token embedding. Few of its rows are seen in the rollouts, and with
-            a small backbone it holds most of the parameters.
+            With `head_type="state"`, whether to train the token embedding. Few of its rows are seen
+            in the rollouts, and with a small backbone it holds most of the parameters.
         merge_adapter (`bool`, *optional*, defaults to `True`):
-            Whether `save_model` merges the adapter of `peft_config` into the
-            backbone. Unmerged adapters of one base model are served as one batch, from one copy of
-            its weights.
+            With `head_type="state"`, whether `save_model` merges the adapter of `peft_config` into
+            the backbone. Unmerged adapters of one base model are served as one batch, from one copy
+            of its weights.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used to
             load the base model. Its `revision` and `trust_remote_code` count for the tokenizer, the
@@ -129,8 +135,8 @@ class MAVISConfig(TrainingArguments):
         > Parameters that control the training
 
         leaf_fraction (`float`, *optional*, defaults to `0.5`):
-            Fraction of the bottom layer of every tree to train on, which would outnumber the rest.
-            Of responses that are given as data all are used.
+            With `head_type="state"`, fraction of the bottom layer of every tree to train on, which
+            would outnumber the rest. Of responses that are given as data all are used.
         gae_lambda (`float`, *optional*, defaults to `0.5`):
             With `head_type="hidden"`, what advantages are learnt from: 1 for the rewards of the
             finished responses alone, 0 for the predicted value of the next token, which is less
@@ -397,8 +403,8 @@ class MAVISConfig(TrainingArguments):
     leaf_fraction: float = field(
         default=0.5,
         metadata={
-            "help": "Fraction of the bottom layer of every tree to train on, which would outnumber "
-            "the rest. Of responses that are given as data all are used."
+            "help": "With `head_type='state'`, fraction of the bottom layer of every tree to train "
+            "on, which would outnumber the rest. Of responses that are given as data all are used."
         },
     )
     gae_lambda: float = field(
@@ -490,3 +496,12 @@ class MAVISConfig(TrainingArguments):
             raise ValueError(f"`gae_lambda` must be within 0 and 1, got {self.gae_lambda}")
         if not 0 <= self.leaf_fraction <= 1:
             raise ValueError(f"`leaf_fraction` must be within 0 and 1, got {self.leaf_fraction}")
+        defaults = {f.name: f.default for f in fields(self)}
+        for head_type, names in OF_HEAD.items():
+            for name in names if head_type != self.head_type else ():
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"`{name}` is for head_type={head_type!r}, got {getattr(self, name)!r} "
+                        f"with head_type={self.head_type!r}: leave it out, or set "
+                        f"head_type={head_type!r}"
+                    )

@@ -426,7 +426,11 @@ class MAVISTrainer(Trainer):
 
         longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
         if self._heads is not None:
-            refuse_for_heads(args, peft_config)
+            if peft_config is not None:
+                raise ValueError(
+                    "`peft_config` is for a backbone, and heads on the base model's hidden state "
+                    "have none: leave it out, or set head_type='state'"
+                )
             count = len(self._prompt_ids["train"])
             if self._responses:
                 count = min(count, len(self._responses["train"].trees))
@@ -1186,7 +1190,7 @@ class MAVISTrainer(Trainer):
         Further arguments are those of [`~transformers.Trainer.evaluate`].
         """
         asked: Any = eval_dataset
-        if not isinstance(asked, (str, type(None))):
+        if not isinstance(eval_dataset, (str, type(None))):
             raise ValueError(
                 "`evaluate` needs rollouts: give these prompts to the trainer as `eval_dataset`"
             )
@@ -1476,15 +1480,6 @@ def tree_collator(model: MAVISValueModel, eos_token_ids: set[int]) -> DataCollat
         pad_token_id=min(eos_token_ids),  # any token will do, the mask hides it
         additive_mask=attention == "eager",
     )
-
-
-def refuse_for_heads(args: MAVISConfig, peft_config: Any) -> None:
-    """Raises where an argument is for a backbone, and heads have none."""
-    if peft_config is not None or args.train_embeddings or not args.merge_adapter:
-        raise ValueError(
-            "`peft_config`, `train_embeddings` and `merge_adapter` are for a backbone, and heads "
-            "on the base model's hidden state have none: leave them out, or set head_type='state'"
-        )
 
 
 def check_can_be_added(config: MAVISValueConfig, args: MAVISConfig, added: list[str]) -> None:

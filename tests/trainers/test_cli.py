@@ -34,6 +34,10 @@ def goodness(completions, **kwargs):
 
 def badness(completions, **kwargs):
     return [float(c[0]['content'].count('bad')) for c in completions]
+
+
+def nothing(completions, **kwargs):
+    return []
 """
 CONFIG = """
 model_name_or_path: {base_model}
@@ -42,7 +46,6 @@ reward_funcs: [goodness=cli_rewards:goodness]
 output_dir: value_model
 max_completion_length: 8
 layers: 2
-num_hidden_layers: 1
 use_cpu: true
 report_to: none
 """
@@ -184,6 +187,7 @@ def test_revision_is_that_of_all_that_is_read(folder, base_model):
         ({"load_in_4bit": "true"}, ["load_in_4bit: "]),
         ({"layers": 0}, ["`layers` must be at least 1, got 0"]),
         ({"layer": 3}, ["unknown keys layer:", "--help-all"]),
+        ({"num_hidden_layers": 2}, ["`num_hidden_layers` is for head_type='state', got 2 with"]),
         (
             {"num_generations": 8, "beta": 0.04},
             ["unknown keys num_generations:", "`root_children`", "beta, if it is there, is"],
@@ -201,6 +205,14 @@ def test_train_names_what_cannot_be_used(folder, capsys, change, named):
     assert said and "Traceback" not in error
     for text in named:
         assert text in error
+
+
+def test_what_fails_while_it_works_keeps_its_trace(folder):
+    """Arguments that are right are not to blame, whatever kind of error it is."""
+    config = ["--config", "below/config.yaml", "--reward_funcs", "none=cli_rewards:nothing"]
+    for command in (["train"], ["rollouts", "collect"]):
+        with pytest.raises(ValueError, match="'none' returned 0 rewards for"):
+            main([*command, *config])
 
 
 def test_dtype_is_the_checkpoints_unless_given(folder):

@@ -569,6 +569,11 @@ def test_what_a_policy_sampled_is_learnt_from_under_that_policy(iterated):
     [
         ({"top_k": 0}, "`top_k` must be at least 1 with head_type='hidden'"),
         ({"gae_lambda": 1.5}, "`gae_lambda` must be within 0 and 1, got 1.5"),
+        ({"num_hidden_layers": 2}, "`num_hidden_layers` is for head_type='state', got 2 with"),
+        ({"num_hidden_layers": None}, "`num_hidden_layers` is for head_type='state', got None"),
+        ({"leaf_fraction": 1.0}, "`leaf_fraction` is for head_type='state'"),
+        ({"train_embeddings": True}, "leave it out, or set head_type='state'"),
+        ({"merge_adapter": False}, "`merge_adapter` is for head_type='state', got False with"),
     ],
 )
 def test_arguments_that_heads_do_not_take_are_refused(tmp_path, fields, message):
@@ -590,6 +595,12 @@ def test_what_came_before_training_leaves_no_trace_in_the_weights(base_model, tm
         return made.model.state_dict()
 
     torch.testing.assert_close(weights("sampled"), weights("stored"), rtol=0, atol=0)
+
+
+def test_arguments_of_these_heads_are_refused_for_others(tmp_path):
+    for name, value in (("gae_lambda", 0.9), ("action_rank", 8)):
+        with pytest.raises(ValueError, match=f"`{name}` is for head_type='hidden', got {value}"):
+            MAVISConfig(str(tmp_path), head_type="state", use_cpu=True, **{name: value})
 
 
 def test_too_few_prompts_to_hold_any_out_are_refused_before_sampling(base_model, tmp_path):

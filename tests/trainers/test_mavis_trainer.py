@@ -53,7 +53,7 @@ def config(folder, **fields):
         str(folder),
         **{
             "head_type": "state",
-            "num_hidden_layers": 2,
+            **({} if fields.get("head_type") == "hidden" else {"num_hidden_layers": 2}),
             "max_completion_length": 12,
             "layers": 3,
             "top_k": 0,
