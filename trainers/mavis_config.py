@@ -125,6 +125,11 @@ class MAVISConfig(TrainingArguments):
             Base URL of a running `vllm serve` of the base model to sample from instead, for example
             `"http://localhost:8000"`, or those of several that share the requests. They can do the
             first iteration only.
+        num_ray_workers (`int`, *optional*):
+            Number of workers of a Ray cluster to sample with, each with an engine of vLLM, instead
+            of in this process. The cluster is that of the environment variable `RAY_ADDRESS` or of
+            this machine, where one is started if there is none. Requires `use_vllm`, and `ray` to
+            be installed.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Control the GPU memory utilization for vLLM.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
@@ -383,6 +388,15 @@ class MAVISConfig(TrainingArguments):
             "They can do the first iteration only."
         },
     )
+    num_ray_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of workers of a Ray cluster to sample with, each with an engine of "
+            "vLLM, instead of in this process. The cluster is that of the environment variable "
+            "`RAY_ADDRESS` or of this machine, where one is started if there is none. Requires "
+            "`use_vllm`, and `ray` to be installed."
+        },
+    )
     vllm_gpu_memory_utilization: float = field(
         default=0.3,
         metadata={"help": "Control the GPU memory utilization for vLLM."},
@@ -483,6 +497,19 @@ class MAVISConfig(TrainingArguments):
                 "iterations sample with value models that the server has not loaded. Leave it out "
                 "and set `use_vllm` to sample in this process"
             )
+        if self.num_ray_workers is not None:
+            if self.num_ray_workers < 1:
+                raise ValueError(
+                    f"`num_ray_workers` must be at least 1, got {self.num_ray_workers}: leave it "
+                    "out to sample without Ray"
+                )
+            if self.vllm_server_base_url or not self.use_vllm:
+                raise ValueError(
+                    f"num_ray_workers={self.num_ray_workers} samples with engines of vLLM in Ray's "
+                    "workers: set `use_vllm`, and leave out `vllm_server_base_url`"
+                )
+            if find_spec("ray") is None:
+                raise ValueError("`num_ray_workers` needs ray: pip install 'trimtab[ray]'")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
         if self.head_type not in HEAD_TYPES:

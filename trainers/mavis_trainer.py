@@ -80,6 +80,7 @@ from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import DataCollatorForTrees, TreeDataset
 from .preferences import UTILITY_STD, pair_loss
+from .ray_sampler import RaySampler
 from .rewards import RewardLog, load_reward_funcs, reward_statistics
 from .rollouts import collect_rollouts, read_rollouts, switch_policy
 from .run_state import (
@@ -557,10 +558,15 @@ class MAVISTrainer(Trainer):
                     "`vllm serve` and set `vllm_server_base_url`"
                 )
             longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
-            self._sampler = VLLMSampler(
-                self.base_model,
-                config,
-                ends,
+            make: Any = VLLMSampler
+            if args.num_ray_workers:
+                make = functools.partial(
+                    RaySampler, args.num_ray_workers, model_init_kwargs=args.model_init_kwargs
+                )
+            self._sampler = make(
+                model=self.base_model,
+                config=config,
+                eos_token_ids=ends,
                 max_model_len=longest + args.max_completion_length,
                 value_models=value_models,
                 beta=args.beta,

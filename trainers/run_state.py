@@ -39,6 +39,7 @@ FREE = re.compile(
     r"|enable_jit_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint"
     r"|full_determinism|fsdp.*|deepspeed|parallelism_config|accelerator_config|label_names"
     r"|num_iterations|monotonic_check|rollout_batch_size|generation_batch_size|use_vllm|vllm_.*"
+    r"|num_ray_workers"
 )
 CHOOSING = re.compile(r"eval_.*|save_.*")  # matter where the best checkpoint is loaded at the end
 
