@@ -494,8 +494,11 @@ class MAVISConfig(TrainingArguments):
         if self.num_iterations > 1 and self.vllm_server_base_url:
             raise ValueError(
                 f"`vllm_server_base_url` cannot serve num_iterations={self.num_iterations}: later "
-                "iterations sample with value models that the server has not loaded. Leave it out "
-                "and set `use_vllm` to sample in this process"
+                "iterations sample with value models that servers have not loaded, and learn from "
+                "both policies' probabilities of all candidates, which answers do not hold. "
+                "Collect the first iteration's rollouts from the servers with num_iterations=1, "
+                f"then set num_iterations={self.num_iterations} and `use_vllm` without the "
+                "servers, which goes on from there; `num_ray_workers` spreads it"
             )
         if self.num_ray_workers is not None:
             if self.num_ray_workers < 1:

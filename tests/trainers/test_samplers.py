@@ -32,6 +32,8 @@ from trimtab.trainers.samplers import (
 from trimtab.trainers.trees import TreeConfig
 
 from .conftest import END, VOCABULARY, make_model, make_tokenizer
+from .test_mavis_trainer import trainer
+from .test_rollouts import same
 
 TESTS = Path(__file__).parents[1]  # where subprocesses find this module
 GUIDED = TreeConfig(top_k=5, temperature=0.7)
@@ -490,6 +492,23 @@ def test_requests_are_shared_and_no_server_left_is_an_error(monkeypatch):
         assert len(asked) + len(asked_too) == 200 and min(len(asked), len(asked_too)) > 20
     with pytest.raises(ConnectionError, match=rf"no vLLM server answers.*({one}|{other}).*again"):
         sampler([[1]], [3], [1])
+
+
+def test_later_iterations_go_on_from_what_servers_sampled(base_model, tmp_path, monkeypatch):
+    """As the refusal of servers for several iterations says."""
+    pytest.importorskip("openai")
+    fields = {"head_type": "hidden", "top_k": 5, "layers": 1}
+    with serving(make_model()) as (url, asked):
+        made = trainer(base_model, tmp_path, vllm_server_base_url=url, **fields)
+        made.collect_rollouts()
+        assert asked
+    expected = read_rollouts(tmp_path / "rollouts" / "train")
+    with pytest.raises(ValueError, match="with num_iterations=1, then set num_iterations=2"):
+        trainer(base_model, tmp_path, vllm_server_base_url=url, num_iterations=2, **fields)
+    made = trainer(base_model, tmp_path, use_vllm=True, num_iterations=2, **fields)
+    monkeypatch.setattr(made, "_make_sampler", lambda: pytest.fail("samples again"))
+    made.collect_rollouts()
+    same(made._trees, expected)
 
 
 def test_requests_leave_nothing_to_the_servers_defaults():
