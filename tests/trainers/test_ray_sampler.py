@@ -1,5 +1,6 @@
 """Sampling in the workers of a Ray cluster of this machine."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.trainers import mavis_config
+from trimtab.trainers import mavis_config, mavis_trainer
+from trimtab.trainers.ray_sampler import RaySampler
+from trimtab.trainers.samplers import TransformersSampler, VLLMSampler
 
-from .test_mavis_trainer import config
+from .test_mavis_trainer import config, prompts, trainer
 from .test_samplers import heads  # noqa: F401
 
 TESTS = Path(__file__).parents[1]  # where subprocesses find this module
@@ -36,6 +39,26 @@ def test_missing_ray_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(mavis_config, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs ray: pip install 'trimtab\[ray\]'"):
         config(tmp_path, num_ray_workers=2, use_vllm=True)
+
+
+def test_every_iteration_samples_in_the_workers(base_model, tmp_path, monkeypatch):
+    made = []
+
+    def sampler(num_workers, **kwargs):
+        inspect.signature(RaySampler).bind(num_workers, **kwargs)
+        del kwargs["model_init_kwargs"]
+        inspect.signature(VLLMSampler).bind(**kwargs)
+        made.append((num_workers, kwargs["value_models"]))
+        shared = ("model", "config", "eos_token_ids", "value_models", "beta")
+        return TransformersSampler(**{name: kwargs[name] for name in shared})
+
+    monkeypatch.setattr(mavis_trainer, "RaySampler", sampler)
+    trainer(
+        base_model, tmp_path, num_iterations=2, top_k=5, use_vllm=True, num_ray_workers=2,
+        layers=1, num_train_epochs=1, eval_dataset=prompts(2, 8),
+    ).train()  # fmt: skip
+    folders = [[str(tmp_path / f"iteration-{i}" / "value_model")] for i in range(2)]
+    assert made == [(2, []), (2, folders[0]), (2, folders[1])]
 
 
 def run(script):
