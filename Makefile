@@ -24,8 +24,13 @@ test: $(STAMP)
 	@echo "== all tests: 15 to 25 minutes on 2 idle cores; \`make test-fast\` starts no engine, no server"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+# What starts no engine and no server, and trains next to nothing
+FAST := tests/test_docs.py \
+	$(patsubst %,tests/optimizers/test_%.py,congo recovery registry sensing step tune_config tune_kubernetes) \
+	$(patsubst %,tests/plugins/test_%.py,cli endpoint guidance guide heads params probe value_model) \
+	$(patsubst %,tests/trainers/test_%.py,candidates exports packing pareto rewards)
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not long and not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(FAST)
 
 # An hour or two: runs that are killed at random moments, and thousands of examples of each property
 test-long: $(STAMP)
