@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -237,8 +238,11 @@ def serve(arguments: list[str]) -> int:
             options.model, options.value_models, options.additional_config, further
         )
     environment = {"VLLM_PLUGINS": vllm_plugins(), **os.environ}
-    plugins = shlex.quote(environment["VLLM_PLUGINS"])
-    print(f"VLLM_PLUGINS={plugins} {shlex.join(command)}", flush=True)
+    plugins, folder = shlex.quote(environment["VLLM_PLUGINS"]), ""
+    if "PROMETHEUS_MULTIPROC_DIR" not in environment:  # for one run of a server: it counts on
+        environment["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="trimtab-metrics-")
+        folder = 'PROMETHEUS_MULTIPROC_DIR="$(mktemp -d)" '
+    print(f"VLLM_PLUGINS={plugins} {folder}{shlex.join(command)}", flush=True)
     os.execvpe(command[0], command, environment)
 
 

@@ -18,8 +18,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 
+from .metrics import count_refusal, start_at_zero
 from .params import GuidanceParams, argument, quote, request_params
 from .vllm import Serving, serving
 
@@ -44,6 +46,7 @@ class MAVISEndpoint:
 
     def __init__(self) -> None:
         self.serving: Serving | None = None  # None where the server has no guidance
+        self.vllm_config: VllmConfig | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_api_route("/v1/mavis/objectives", self.objectives, methods=["GET"])
@@ -54,9 +57,10 @@ class MAVISEndpoint:
     ) -> None:
         if engine_client is None:
             return
-        config = engine_client.vllm_config
+        config = self.vllm_config = engine_client.vllm_config
         if isinstance(config.additional_config, dict) and "mavis" in config.additional_config:
             self.serving = serving(config)
+            start_at_zero(config)
 
     async def objectives(self) -> JSONResponse:
         """The objectives that this server guides by, with their defaults and origin."""
@@ -175,6 +179,7 @@ class RequestCheck:
                 try:
                     check_body(body, found.objectives)
                 except ValueError as error:
+                    count_refusal(self.endpoint.vllm_config, "misplaced")
                     await _error(str(error), 400)(scope, receive, send)
                     return
                 with suppress(ValueError):  # which the processor refuses

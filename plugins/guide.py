@@ -5,6 +5,8 @@ Every host engine's adapter ends here; an adapter only says which row is which s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -27,6 +29,7 @@ class Guide:
     Attributes:
         rows: Rows guided so far.
         candidates: Candidates that remained in them after pruning.
+        watch: Told of every step `log pi` and `log pi_ref`, `[batch, k]`; it must not wait.
 
     Raises:
         ValueError: `prune_eps` is out of range, or a value model does not state its range.
@@ -43,6 +46,7 @@ class Guide:
         self.engine = engine
         self.prune_eps = prune_eps
         self.rows = self.candidates = 0
+        self.watch: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         unused = [0.0] * len(engine.objectives)  # at prune_eps 0 it does not matter
         self._range = np.array(engine.candidate_range or unused, dtype=np.float32)
         # Impossible candidates cost nothing to leave out where their number is at hand.
@@ -108,6 +112,8 @@ class Guide:
         log_policy = guided_policy(
             log_probs, values, weights, beta, budget if limited else None, temperature
         )
+        if self.watch is not None:
+            self.watch(log_policy, log_probs)
         # The first candidate is every row's own, whatever the largest k of the batch.
         scale = logits.gather(1, candidates[:, :1]) - log_probs[:, :1]
         return candidates, log_policy, scale

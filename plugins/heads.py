@@ -11,7 +11,7 @@ A decoding step costs no pass of a network, and nothing is kept between steps. `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -320,12 +320,17 @@ class HeadGuide:
         models: Heads; their objectives are concatenated.
         num_slots: Number of slots.
         device: Of the logits.
+
+    Attributes:
+        watch: Told of every group of rows `log pi` and `log pi_ref`, `[n, k]`, and which of them
+            are guided, `[n]` bool, None if all are; it must not wait.
     """
 
     def __init__(
         self, models: Sequence[MAVISValueHeads], num_slots: int, device: torch.device
     ) -> None:
         self.device = device
+        self.watch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
         self.objectives = tuple(name for model in models for name in model.config.objectives or ())
         self.hidden_size: int = models[0].config.base_hidden_size or 0
         self.models = [model.eval().requires_grad_(False).to(device) for model in models]
@@ -411,13 +416,15 @@ class HeadGuide:
             of the row's own candidates' logits `[n, 1]`.
         """
         params = self._params_of(rows)
-        weights, (beta, top_k, budget, temperature, _) = params[:, :-5], params[:, -5:].unbind(1)
+        weights, (beta, top_k, budget, temperature, asks) = params[:, :-5], params[:, -5:].unbind(1)
         candidates, log_probs = top_candidates(
             logits, rows.max_k, None if rows.alike else top_k.long()
         )
         scores = self.scores(hidden, candidates, weights)[..., None]
         one, limit = torch.ones_like(weights[:, :1]), budget if rows.limited else None
         log_policy = guided_policy(log_probs, scores, one, beta, limit, temperature)
+        if self.watch is not None:
+            self.watch(log_policy, log_probs, None if rows.every else asks == GUIDED)
         # The first candidate is every row's own, whatever the largest k of the batch.
         scale = logits.gather(1, candidates[:, :1]) - log_probs[:, :1]
         return candidates, log_policy, scale

@@ -251,6 +251,11 @@ def read_request(
     return given
 
 
+def refused_argument(error: Exception) -> str:
+    """The argument that `error`, raised for a request's, is about: its message begins with it."""
+    return re.split(r"\W", str(error), maxsplit=1)[0]
+
+
 def argument(key: object) -> str | None:
     """The argument that `key` names, None if it is not ours.
 

@@ -9,11 +9,11 @@ rest. The server's settings come in `--additional-config '{"mavis": {...}}'`, a 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +47,14 @@ from .hidden_states import (
     rows_of,
     watch_vllm,
 )
-from .params import GuidanceConfig, GuidanceParams, argument, read_request, request_params
+from .metrics import StepMetrics, count_refusal, count_request, step_metrics
+from .params import (
+    GuidanceConfig,
+    GuidanceParams,
+    read_request,
+    refused_argument,
+    request_params,
+)
 from .value_config import (
     MAVISValueConfig,
     base_model_fingerprint,
@@ -55,7 +62,7 @@ from .value_config import (
     tokenizer_fingerprint,
 )
 from .value_model import MAVISValueModel
-from .vllm_internals import ModelRunner, calling, samples
+from .vllm_internals import ModelRunner, calling, is_first_rank, samples
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -199,6 +206,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._rows = self._slots = np.zeros(0, dtype=np.int64)
         self._heads: HeadGuide | None = None
         self.failures: Counter[str] = Counter()
+        self._metrics: StepMetrics | None = None
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
         self._samples = samples()
         if not self._samples:
@@ -211,6 +219,12 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         models = load_value_models([path for _, path in config.value_models], dtype)
         for model, (_, path) in zip(models, config.value_models):
             _check_base_model(model, path, vllm_config)
+        self._metrics = step_metrics(vllm_config)
+        if self._metrics is None and is_first_rank():
+            logger.info(
+                "MAVIS: /metrics tells nothing of its steps: set PROMETHEUS_MULTIPROC_DIR to an "
+                "empty folder before the start, as `trimtab serve` does"
+            )
         if are_heads(models):
             self._read_hidden_states(models, vllm_config, device)
             return
@@ -235,6 +249,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             kv_cache_memory=int(config.kv_cache_memory_gib * GIB),
         )
         self._guide = self.guide_class(engine, num_slots, config.prune_eps)
+        self._guide.watch = None if self._metrics is None else self._metrics.record
         self._v2: LogitsProcRequestState | None = None if is_pin_memory is not None else state  # type: ignore
         self._runner = ModelRunner()
         self._free_slots = list(range(num_slots))
@@ -262,6 +277,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         check_vllm(vllm_config)
         watch_vllm()
         self._heads = self.heads_class(models, vllm_config.scheduler_config.max_num_seqs, device)
+        self._heads.watch = None if self._metrics is None else self._metrics.record
         self._speculates = vllm_config.speculative_config is not None
         self._plan: list[Rows] = []  # V1: the guided rows
         self._found_rows = False
@@ -284,12 +300,15 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         Raises:
             ValueError: One is unknown, malformed or out of range; vLLM answers HTTP 400.
         """
-        if not any([argument(key) for key in sampling_params.extra_args or ()]):
-            return
         if (config := _calling_config()) is None:
             read_request(sampling_params.extra_args)
-        else:
-            serving(config).params(sampling_params)
+            return
+        try:
+            params = serving(config).params(sampling_params)
+        except ValueError as error:
+            count_refusal(config, refused_argument(error))
+            raise
+        count_request(config, params)
 
     def _params(self, sampling_params: SamplingParams) -> GuidanceParams:
         """A request's parameters; no guidance if they are wrong.
@@ -300,15 +319,15 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         try:
             return self._serving.params(sampling_params)
         except Exception as error:
-            known = isinstance(error, ValueError)  # whose message begins with the argument's name
-            kind = re.split(r"\W", str(error), maxsplit=1)[0] if known else type(error).__name__
+            known = isinstance(error, ValueError)
+            kind = refused_argument(error) if known else type(error).__name__
             if not self.failures[kind]:
                 logger.warning(
                     "MAVIS: a request goes on unguided, as will others with the same fault, since "
                     "the frontend did not refuse it: %s",
                     error,
                 )
-            self.failures[kind] += 1
+            self._count_failure("request", kind)
             return replace(self._serving.defaults, weights=(0.0,) * len(self._serving.objectives))
 
     def is_argmax_invariant(self) -> bool:
@@ -468,10 +487,15 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         not stopped for it. It is where heads have never found the hidden states that they read: no
         step would be guided.
         """
+        started = perf_counter()
         try:
             if self._heads is not None:
-                return self._apply_heads(self._heads, logits, ctx)
-            return self._apply_v1(logits) if ctx is None else self._apply_v2(logits, ctx)
+                logits = self._apply_heads(self._heads, logits, ctx)
+            else:
+                logits = self._apply_v1(logits) if ctx is None else self._apply_v2(logits, ctx)
+            if self._metrics is not None:
+                self._metrics.end_step(perf_counter() - started)
+            return logits
         except Exception as error:
             if self._ranks > 1:
                 raise  # other ranks may have guided: they would go on with other tokens
@@ -483,8 +507,13 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                     "MAVIS: guidance failed, and the requests of this step got an unguided token; "
                     "further errors of this kind are counted, not logged"
                 )
-            self.failures[kind] += 1
+            self._count_failure("step", kind)
             return logits
+
+    def _count_failure(self, of: str, kind: str) -> None:
+        self.failures[kind] += 1
+        if self._metrics is not None:
+            self._metrics.fail(of)
 
 
 def _check_base_model(

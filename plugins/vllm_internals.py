@@ -60,3 +60,12 @@ def samples() -> bool:
     if not parallel_state.model_parallel_is_initialized():  # a processor without an engine
         return True
     return parallel_state.get_pp_group().is_last_rank
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first of those that do the same: its tensor-parallel group's."""
+    from vllm.distributed import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return True
+    return parallel_state.get_tp_group().is_first_rank

@@ -53,10 +53,14 @@ def quality(smollm2, tmp_path_factory) -> Path:
     return folder
 
 
-def start(model: Path, config: dict, log: Path) -> tuple[subprocess.Popen, int]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start(model: Path, config: dict, log: Path) -> tuple[subprocess.Popen, int]:
+    port = free_port()
     command = [
         Path(sys.executable).with_name("vllm"), "serve", model,
         "--logits-processors", "trimtab.plugins.vllm:MAVISLogitsProcessor",

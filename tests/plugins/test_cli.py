@@ -145,6 +145,24 @@ def test_serve_loads_our_endpoint_and_what_vllm_would(base_model, value_model, m
     assert given == "theirs"
 
 
+def test_serve_gives_each_server_metrics_of_its_own(
+    base_model, value_model, monkeypatch, tmp_path, capsys
+):
+    folders = []
+    monkeypatch.setattr(
+        os, "execvpe", lambda file, command, env: folders.append(env["PROMETHEUS_MULTIPROC_DIR"])
+    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    serve(base_model, value_model)
+    serve(base_model, value_model)
+    assert {path for path in map(str, tmp_path.iterdir())} == set(folders) and len(folders) == 2
+    assert 'PROMETHEUS_MULTIPROC_DIR="$(mktemp -d)" ' in capsys.readouterr().out
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "theirs")
+    serve(base_model, value_model)
+    assert folders[2] == "theirs" and "mktemp" not in capsys.readouterr().out
+
+
 def test_serve_does_without_the_command(base_model, value_model, executed, monkeypatch):
     def version(name):
         raise PackageNotFoundError(name)

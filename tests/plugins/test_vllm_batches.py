@@ -279,6 +279,12 @@ class BlockingCopies(TorchDispatchMode):
             self.allowed -= 1
             return copied
 
+        def to_host(tensor):
+            self.on_host.append(tensor.shape)
+            return torch.ones(tensor.shape), lambda: True
+
+        self.on_host = []
+        monkeypatch.setattr("trimtab.plugins.metrics.to_host", to_host)
         for module in ("engine", "guide", "vllm"):
             monkeypatch.setattr(f"trimtab.plugins.{module}.to_device", to_device)
 
@@ -333,6 +339,7 @@ def test_no_batch_waits_for_the_device(base_model, value_model, monkeypatch, run
             request.computed += 1
             state.prefill[slot] = 3
     assert not copies.found and not processor.failures
+    assert copies.on_host == [(2, len(guided))] * 3, "what metrics tell of"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

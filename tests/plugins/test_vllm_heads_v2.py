@@ -67,6 +67,10 @@ greedy = [tokens for tokens, in generate(jobs, temperature=0)]
 drawn, = generate(draws, temperature=1, seed=1, n=128) if draws else [[]]
 accepted = {m.name: m.value for m in llm.get_metrics() if "spec_decode_num" in m.name
             and hasattr(m, "value")}
+from prometheus_client import REGISTRY
+labels = {"model_name": base, "engine": "0"}
+for name in ("guided_rows_total", "guided_candidates_total", "step_kl_nats_count"):
+    accepted[name] = REGISTRY.get_sample_value("mavis:" + name, labels)
 print("RESULT", json.dumps([greedy, drawn, accepted]))
 """
 
@@ -127,8 +131,15 @@ def test_tokens_are_those_of_the_plain_computation(tmp_path, base_model, heads, 
             continue
         k = top_k if any(weights) else 1
         assert got == reference.greedy(prompt, length, weights, BETA, k, eos=EOS)
+    guided = [(len(got), k) for (_, w, k, _, *v), got in zip(jobs, greedy) if any(w) and not v]
+    rows = accepted["guided_rows_total"]
+    assert rows == accepted["step_kl_nats_count"]
     if method is None:
+        assert rows == sum(length for length, _ in guided)
+        assert accepted["guided_candidates_total"] == sum(length * k for length, k in guided)
         return
+    # Further rows are of drafts that were not accepted.
+    assert rows >= sum(length for length, _ in guided) + sum(map(len, drawn))
     assert accepted["vllm:spec_decode_num_draft_tokens"] > 10, accepted
     prompt, weights, top_k, _ = draws[0]
     expected: dict[tuple[int, ...], float] = {}

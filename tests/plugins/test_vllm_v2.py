@@ -55,7 +55,9 @@ try:
     llm.generate([{"prompt_token_ids": [5]}], SamplingParams(extra_args={"mavis_beta": -1}))
 except VLLMValidationError as error:
     refusal = str(error)
-print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs], refusal]))
+from prometheus_client import REGISTRY
+rows = REGISTRY.get_sample_value("mavis:guided_rows_total", {"model_name": base, "engine": "0"})
+print("RESULT", json.dumps([[list(o.outputs[0].token_ids) for o in outputs], refusal, rows]))
 """
 
 
@@ -89,9 +91,11 @@ def test_v2_runner_gives_the_plain_computations_tokens(tmp_path, base_model, val
     assert run.returncode == 0, log[-4000:]
     assert "Using V2 Model Runner" in log
     result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))
-    tokens, refusal = json.loads(result.removeprefix("RESULT "))
+    tokens, refusal, rows = json.loads(result.removeprefix("RESULT "))
     assert refusal.startswith("mavis_beta must be a number from 0 to")
     reference = Reference(base_model, [value_model])
     for (prompt, weights, length), got in zip(jobs, tokens):
         top_k = 8 if any(weights) else 1
         assert got == reference.greedy(prompt, length, weights, 3.0, top_k, eos=EOS)
+    guided = [got for (_, weights, _), got in zip(jobs, tokens) if any(weights)]
+    assert rows == sum(map(len, guided))
