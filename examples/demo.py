@@ -354,6 +354,12 @@ def main() -> None:
         )
         print(f"{setting.name:34s} {gains}   KL {entry['kl']['mean']:.1f} nats")
     stage(f"done: {out / 'demo.png'}, {out / 'demo.json'}, {out / 'responses.md'}")
+    command = Path(sys.executable).with_name("trimtab")
+    config = json.dumps({"mavis": {"beta": BETA}})
+    print(
+        f"To play: {command} serve {base} {value_model} --additional-config '{config}', and once "
+        f"it is up: {command} playground --base-url http://localhost:8000/v1"
+    )
 
 
 if __name__ == "__main__":

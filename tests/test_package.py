@@ -108,7 +108,9 @@ def test_wheel_trains_from_twenty_rows(installed, tmp_path):
         assert "value_model" in finished.stdout
 
 
-@pytest.mark.parametrize("command", ["", "train", "rollouts", "inspect", "check", "serve"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "rollouts", "inspect", "check", "serve", "playground"]
+)
 def test_help_fits_a_screen_and_imports_nothing_heavy(command):
     code = (
         "import sys\n"

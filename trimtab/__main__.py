@@ -17,6 +17,7 @@ Value-guided decoding (MAVIS): train value models, look at them, serve with them
   inspect     what a value model is: objectives, base model, how well it guides
   check       whether a value model will serve: tokenizer, weights, a prefix tried
   serve       print and run the `vllm serve` command with value models
+  playground  a page on such a server: sliders, answers side by side
 
 `trimtab COMMAND --help` says more; `trimtab --version`: {version}.
 """
@@ -27,8 +28,12 @@ COMMANDS = {
     "inspect": ("trimtab.plugins.cli", "transformers"),
     "check": ("trimtab.plugins.cli", "transformers"),
     "serve": ("trimtab.plugins.cli", "vllm"),
+    "playground": ("trimtab.playground", "playground"),
 }
-EXTRAS = {"accelerate", "datasets", "peft", "pyarrow", "torch", "tqdm", "transformers", "trl"}
+EXTRAS = {
+    "accelerate", "datasets", "gradio", "httpx", "openai", "peft", "pyarrow", "torch", "tqdm",
+    "transformers", "trl",
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
