@@ -109,7 +109,7 @@ def test_wheel_trains_from_twenty_rows(installed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "rollouts", "inspect", "check", "serve", "playground"]
+    "command", ["", "train", "rollouts", "evaluate", "inspect", "check", "serve", "playground"]
 )
 def test_help_fits_a_screen_and_imports_nothing_heavy(command):
     code = (

@@ -1,4 +1,5 @@
-"""`trimtab train` and `trimtab rollouts`: a [`MAVISTrainer`] from flags and a YAML file.
+"""`trimtab train`, `rollouts` and `evaluate`: a [`MAVISTrainer`], or the front of what it has made,
+from flags and a YAML file.
 
 What is heavy is imported once the arguments are read: `--help` answers at once.
 """
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,25 @@ ROLLOUTS_HELP = """usage: trimtab rollouts collect|score|show ...
   show      what a folder of rollouts holds: trimtab rollouts show FOLDER
 
 collect and score take the keys of `trimtab train`, from flags and the same YAML file.
+"""
+EVALUATE_HELP = """usage: trimtab evaluate MODEL VALUE_MODEL [--config FILE.yaml] [--KEY VALUE ...]
+
+Answers prompts under a grid of weights, rewards the answers, and reports the front: front.json,
+.md, .png and .html in output_dir. An interrupted run goes on where it stopped.
+A flag overrides the same key of the YAML file.
+
+  dataset_name          file of prompts (.jsonl, .json, .parquet), or a dataset's hub id; its
+                        split "test" is answered (dataset_test_split), a file without any whole
+  reward_funcs          NAME=MODULE:FUNCTION or NAME=MODEL_ID, of the objectives to weigh
+  output_dir            where the responses and the report go
+  betas                 strengths of the guidance (4)
+  weight_steps          parts that a weight of 1 is dealt out in: the grid (4)
+  seeds                 responses to each prompt (2)
+  max_completion_length tokens of a response (256)
+  use_vllm              false: sample with transformers, not with vLLM in this process
+  vllm_server_base_url  sample from a server that guides by VALUE_MODEL; the KL is then unknown
+
+`trimtab evaluate --help-all` lists all.
 """
 # Keys of TRL's GRPO, and what takes their place
 INSTEAD = {
@@ -114,12 +135,12 @@ class MAVISScriptArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
 
 
-def load_prompts(script_args: MAVISScriptArguments) -> DatasetDict:
-    """The dataset by split."""
+def load_prompts(script_args: Any, needed: str = "dataset_train_split") -> DatasetDict:
+    """The dataset by split, of which the one that the argument `needed` names is there."""
     from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    name = script_args.dataset_name
+    name, needed_split = script_args.dataset_name, getattr(script_args, needed)
     formats = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     if (suffix := Path(name).suffix) not in formats:
         dataset = load_dataset(name)
@@ -132,7 +153,7 @@ def load_prompts(script_args: MAVISScriptArguments) -> DatasetDict:
             raise ValueError(
                 f"dataset_name: {name!r} cannot be read, {error.__cause__ or error}"
             ) from error
-        dataset = DatasetDict({script_args.dataset_train_split: rows})
+        dataset = DatasetDict({needed_split: rows})
         if "split" in rows.column_names:
             dataset = DatasetDict(
                 {
@@ -142,10 +163,9 @@ def load_prompts(script_args: MAVISScriptArguments) -> DatasetDict:
                     for split in rows.unique("split")
                 }
             )
-    if script_args.dataset_train_split not in dataset:
+    if needed_split not in dataset:
         raise ValueError(
-            f"dataset_train_split: {name!r} has no split {script_args.dataset_train_split!r}, it "
-            f"has {list(dataset)}"
+            f"{needed}: {name!r} has no split {needed_split!r}, it has {list(dataset)}"
         )
     return dataset
 
@@ -184,27 +204,37 @@ def load_reward_func(spec: str, folders: Sequence[str | Path] = (".",)) -> tuple
         ) from error
 
 
-def parse(command: str, arguments: Sequence[str]) -> tuple[Any, ...]:
+def parse(command: str, arguments: Sequence[str], kinds: Any = None) -> tuple[Any, ...]:
     """
     The arguments of a run, from flags and the YAML file that `--config` names.
 
+    Args:
+        command (`str`):
+            Subcommand, for the messages.
+        arguments (`list[str]`):
+            Of the subcommand.
+        kinds (`tuple[type, ...]`, *optional*):
+            Dataclasses of arguments, by default [`MAVISScriptArguments`], [`MAVISConfig`] and
+            [`~trl.ModelConfig`].
+
     Returns:
-        `tuple`: [`MAVISScriptArguments`], [`MAVISConfig`], [`~trl.ModelConfig`], and the folder of
-        the YAML file, the working directory if there is none.
+        `tuple`: One of each of `kinds`, and the folder of the YAML file, the working directory if
+        there is none.
     """
     import yaml
     from trl import ModelConfig, TrlParser
 
     from .mavis_config import MAVISConfig
 
-    kinds: Any = (MAVISScriptArguments, MAVISConfig, ModelConfig)
+    kinds = kinds or (MAVISScriptArguments, MAVISConfig, ModelConfig)
     parser = TrlParser(
         kinds,
         prog=f"trimtab {command}",
         usage=f"trimtab {command} [--config FILE.yaml] [--KEY VALUE ...]",
         allow_abbrev=False,
     )
-    parser.set_defaults(dtype=None)  # the checkpoint's own, unless it is given
+    if ModelConfig in kinds:
+        parser.set_defaults(dtype=None)  # the checkpoint's own, unless it is given
     if "--help-all" in arguments:
         parser.print_help()
         raise SystemExit(0)
@@ -295,6 +325,31 @@ def train(arguments: list[str]) -> int:
     trainer.accelerator.print(f"Value model saved to {folder}: `trimtab inspect {folder}`")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Reports the front of a value model's objectives."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(EVALUATE_HELP, end="")
+        return 0
+    with bad_input("evaluate"):
+        from .evaluation import EvaluateArguments, evaluate_value_model
+
+        models = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+        if len(models) not in (0, 2):
+            raise ValueError(f"give MODEL and VALUE_MODEL before all flags, got {models}")
+        named = chain(*zip(("--model_name_or_path", "--value_model"), models))
+        args, folder = parse("evaluate", [*named, *arguments[len(models) :]], (EvaluateArguments,))
+        rows = load_prompts(args, "dataset_test_split")[args.dataset_test_split]
+        if "prompt" not in rows.column_names:
+            raise ValueError(
+                f"dataset_name: {args.dataset_name!r} has no column 'prompt', it has "
+                f"{rows.column_names}"
+            )
+        reward_funcs = [load_reward_func(spec, (".", folder)) for spec in args.reward_funcs]
+        files = evaluate_value_model(args, list(rows["prompt"]), dict(reward_funcs))
+    print(*files, sep="\n")
     return 0
 
 

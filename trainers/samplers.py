@@ -292,6 +292,7 @@ class ServerSampler:
         self.config = config
         self.eos_token_ids = sorted(eos_token_ids)
         self.base_model = model
+        self.extra_body: dict[str, Any] = {}  # of further fields of every request
         self.servers: dict[str, str] = {}  # the name that each calls the model by
         failures: dict[str, Exception] = {}
         for given in [base_urls] if isinstance(base_urls, str) else base_urls:
@@ -428,6 +429,7 @@ class ServerSampler:
                 "top_p": self.config.top_p,
                 "stop_token_ids": self.eos_token_ids,
                 "return_token_ids": True,
+                **self.extra_body,
             },
         )
         tokens = getattr(answer.choices[0], "token_ids", None)

@@ -14,6 +14,7 @@ Value-guided decoding (MAVIS): train value models, look at them, serve with them
 
   train       train a value model on prompts and reward functions
   rollouts    collect, score or show the responses that value models learn from
+  evaluate    the front of a value model's objectives, as a report
   inspect     what a value model is: objectives, base model, how well it guides
   check       whether a value model will serve: tokenizer, weights, a prefix tried
   serve       print and run the `vllm serve` command with value models
@@ -25,6 +26,7 @@ Value-guided decoding (MAVIS): train value models, look at them, serve with them
 COMMANDS = {
     "train": ("trimtab.trainers.cli", "trl"),
     "rollouts": ("trimtab.trainers.cli", "trl"),
+    "evaluate": ("trimtab.trainers.cli", "trl"),
     "inspect": ("trimtab.plugins.cli", "transformers"),
     "check": ("trimtab.plugins.cli", "transformers"),
     "serve": ("trimtab.plugins.cli", "vllm"),
