@@ -56,7 +56,7 @@ def inspect(arguments: list[str]) -> int:
 
 def describe(name: str, config: Any) -> list[str]:
     """Lines about a value model."""
-    from .value_model import unit_of
+    from .cards import unit_of
 
     if config.head_type == "hidden":
         reads = f"the hidden state of the base model, of width {config.base_hidden_size}"

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from prometheus_client import Counter, Histogram, values
 
-from .guidance import step_kl
 from .params import ARGUMENTS, PREFIX, GuidanceParams
+from .policy import step_kl
 from .vllm_internals import is_first_rank
 
 KL_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # nats

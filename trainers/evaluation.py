@@ -18,14 +18,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from trimtab.plugins.client import find_server
-from trimtab.plugins.value_model import MAVISValueConfig, load_config
+from trimtab.plugins.value_config import MAVISValueConfig, load_config
 
 from .iterations import guidance_fingerprint
 from .mavis_trainer import end_tokens
 from .pareto import Point, Policy, Response, evaluate, simplex_weights, sweep
 from .pareto_report import write_report
-from .rollouts import TreeConfig
 from .samplers import Piece, ServerSampler, TransformersSampler, VLLMSampler
+from .trees import TreeConfig
 
 
 @dataclass

@@ -32,7 +32,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from trimtab.plugins.heads import HeadGuide, MAVISValueHeads
-from trimtab.plugins.value_model import MAVISValueConfig, MAVISValueModel
+from trimtab.plugins.value_config import MAVISValueConfig
+from trimtab.plugins.value_model import MAVISValueModel
 
 from .data import as_given
 from .hidden_states import HeadDataset, cache_hidden_states, collate_rows

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from trimtab.__main__ import main
-from trimtab.plugins.value_model import MAVISValueModel, load_config
+from trimtab.plugins.value_config import load_config
+from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import evaluation
 from trimtab.trainers.samplers import TransformersSampler
 

@@ -94,7 +94,8 @@ def test_two_workers_of_which_one_is_killed_sample_the_trees_of_one_process(
         from trainers.test_samplers import BETA, GUIDED, check_guided
         from trimtab.trainers import ray_sampler
         from trimtab.trainers.ray_sampler import RaySampler
-        from trimtab.trainers.rollouts import TreeConfig, collect_rollouts, read_rollouts
+        from trimtab.trainers.rollouts import collect_rollouts, read_rollouts
+        from trimtab.trainers.trees import TreeConfig
         from trimtab.trainers.samplers import VLLMSampler
 
         base, heads, folder = {base_model!r}, {heads!r}, Path({str(tmp_path)!r})
