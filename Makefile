@@ -24,7 +24,7 @@ test: $(STAMP)
 	@echo "== all tests: 15 to 25 minutes on 2 idle cores; \`make test-fast\` starts no engine, no server"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# What starts no engine and no server, and trains next to nothing
+# What starts no engine and no server, and trains next to nothing: 2.5 minutes of one core
 FAST := tests/test_docs.py \
 	$(patsubst %,tests/optimizers/test_%.py,congo recovery registry sensing step tune_config tune_kubernetes) \
 	$(patsubst %,tests/plugins/test_%.py,cli endpoint guidance guide heads params probe value_model) \
