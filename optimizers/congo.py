@@ -674,6 +674,8 @@ class _CONGO(base.Optimizer):
             max(2.0 * noise / math.sqrt(told.size + 1), rounding),
         )
         slope_error = noise / (self._length * math.sqrt(told.size))
+        if self._dense:  # twice that in a change: the base point is not fitted; and some to be sure
+            slope_error *= 3.0
         if plan is None or self._value is None:
             self._refresh(value)
             self._slopes = estimate.gradient
@@ -685,7 +687,9 @@ class _CONGO(base.Optimizer):
         error = _CLEAR * math.hypot(value.error, self._value.error)
         predicted = plan.predicted(plan.factor)
         assert self._slopes is not None
-        if not plan.jump.any():
+        # Nothing shrinks the estimate of a dense round. Of a step shorter than the perturbations,
+        # its noise would be taken for curvature, which corrects the next one, and so on.
+        if not plan.jump.any() and (exact or not self._dense or length >= self._length):
             self._curvature.learn(moved, estimate.gradient - self._slopes, slope_error)
         if actual < -error:
             self._radius = 0.25 * length
@@ -698,6 +702,11 @@ class _CONGO(base.Optimizer):
             if agreement < 0.25:
                 self._radius = 0.5 * length
             elif agreement > 0.5 and length > 0.8 * self._radius and not self._restless:
+                self._radius = 2.0 * length
+        elif self._dense and noise and length > 0.8 * self._radius and not self._restless:
+            # Noise hides what so short a step gains: the slope left along it tells if it was right.
+            before, after = float(self._slopes @ moved), float(estimate.gradient @ moved)
+            if after < 0.5 * before < 0:
                 self._radius = 2.0 * length
         self._x, self._value, self._slopes = r.point, value, estimate.gradient
         self._bend = estimate.bend if estimate.bend == estimate.bend else 0.0

@@ -63,6 +63,17 @@ def test_progress_in_the_users_units():
     assert value == pytest.approx(900, abs=1)
 
 
+def test_noise_does_not_stop_a_knob_that_has_far_to_go():
+    # Slopes of 0.14 and 1 per unit, and hundreds of units to go.
+    for target, noise, function in ((300, 0.01, lambda x: ((x - 300) / 100) ** 2), (0, 0.1, abs)):
+        left = []
+        for seed in range(5):
+            optimizer = make(ng.p.Scalar(init=1000.0), seed=seed)
+            play(optimizer, function, 500, noise)
+            left.append(abs(optimizer.recommend().value - target))
+        assert np.median(left) < 30
+
+
 def test_optimum_inside_bounds_is_reached():
     knobs = ng.p.Array(shape=(100,)).set_bounds(0, 1)
     value = make(knobs, 600, 8).minimize(lambda x: 50 + 100 * bowl(x / 2 + 0.1 * x**0)).value
