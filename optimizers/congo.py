@@ -29,6 +29,8 @@ _VIOLATION = "congo_violation"
 _PLATEAU = "all losses are equal"
 # In rounds of more evaluations a repeat of the base point takes the place of a perturbation.
 _REPEATS_COUNT = 8
+# Halvings, at most, of the chance that a level which keeps failing is asked for.
+_AVOIDED = 4
 # Standard errors that a difference of costs must exceed to count.
 _CLEAR = 2.0
 
@@ -139,6 +141,7 @@ class _CONGO(base.Optimizer):
         self._moves = 0.0  # times that the cost was seen to have changed, lately
         self._longest = math.inf  # longer ones fail, as far as is known
         self._penalty = 0.0
+        self._failures: dict[tuple[int, float], int] = {}  # of a level, since it last answered
         self._noise = noises.Noise()
         self._value: rounds.Value | None = None
         self._slopes: FloatArray | None = None  # the gradient at the iterate
@@ -256,9 +259,11 @@ class _CONGO(base.Optimizer):
         now.rows.append(row)
         now.lengths.append(length)
         if self._levels:
-            now.jumps.append(
-                self._levels.draw(self._rng, r.point, self._length, self._share).astype(np.float32)
-            )
+            jumps = self._levels.draw(self._rng, r.point, self._length, self._share)
+            for level in self._levels.reached(r.point, jumps) if self._failures else ():
+                if self._rng.random_sample() >= 0.5 ** self._failures.get(level, 0):
+                    jumps = self._levels.without(jumps, level[0])
+            now.jumps.append(jumps.astype(np.float32))
         if not self.parametrization.can_skip_constraints():
             # The opposite side of a boundary, or closer to the base point.
             for _ in range(10):
@@ -525,6 +530,8 @@ class _CONGO(base.Optimizer):
             plausible = ~noises.penalties(np.concatenate([[self._merit(center)], costs]))[1:]
             told, costs = told[plausible], costs[plausible]
         answered = len(r.losses)
+        if self._levels and base_told:
+            self._blame(set(told.tolist()))
         skipped, estimate = "", None
         if not base_told:
             skipped = "the loss at the iterate is not a number"
@@ -573,6 +580,17 @@ class _CONGO(base.Optimizer):
         if trial is None:
             self._plan = None
         self._open(self._x if trial is None else trial)
+
+    def _blame(self, answered: set[int]) -> None:
+        """Counts the failures of every level that a measurement visited; an answer clears it."""
+        now = self._round.measurements
+        for i in sorted(self._round.losses):
+            for level in self._levels.reached(now.base, now.jumps[i]):
+                count = self._failures.pop(level, 0)
+                if i not in answered:
+                    self._failures[level] = min(count + 1, _AVOIDED)
+        while len(self._failures) > 1000:  # of integers there may be many
+            del self._failures[next(iter(self._failures))]
 
     def _report(
         self,

@@ -186,6 +186,20 @@ class Levels:
             kept[places] = kept[places[0]]
         return jumps * kept
 
+    def reached(self, x: FloatArray, jumps: FloatArray) -> list[tuple[int, float]]:
+        """Where jumps (``[n]``) from ``x`` lead: of every knob that moves, its place and level."""
+        moved = np.flatnonzero((jumps > 0) | (jumps < 0) & self.integers)
+        return [(int(k), round(float(x[self.positions[k]] + jumps[k]), 4)) for k in moved]
+
+    def without(self, jumps: FloatArray, place: int) -> FloatArray:
+        """Jumps (``[n]``) without that of the knob at a place, all weights of a choice included."""
+        jumps = jumps.copy()
+        jumps[place] = 0.0
+        for places in self._choices:
+            if place in places:
+                jumps[places] = 0.0
+        return jumps
+
     def categories(self, x: FloatArray) -> list[tuple[int, FloatArray]]:
         """Of every choice, the coordinate of the chosen category and those of all (``[k]``)."""
         found = []

@@ -172,6 +172,29 @@ def test_failing_region_repels_no_knob(penalty):
     assert np.abs(value).max() < 2 and bowl(value) < 0.1
 
 
+@pytest.mark.parametrize("penalty", [1e5, math.nan])
+@testing.suppress_nevergrad_warnings()
+def test_category_that_fails_is_asked_for_seldom_until_it_recovers(penalty):
+    knobs = {f"x{i}": ng.p.Scalar(lower=0, upper=1) for i in range(4)}
+    optimizer = make(ng.p.Dict(**knobs, mode=ng.p.Choice(["old", "broken", "new"])))
+
+    def cost(v, down):
+        if down and v["mode"] == "broken":
+            return penalty
+        return 10 + (v["x0"] - 0.8) ** 2 + {"old": 2, "broken": 0, "new": 1}[v["mode"]]
+
+    asked = []
+    for _ in range(160):
+        candidate = optimizer.ask()
+        asked.append(candidate.value["mode"])
+        optimizer.tell(candidate, cost(candidate.value, down=True))
+        assert optimizer.recommend().value["mode"] != "broken"
+    assert optimizer.recommend().value["mode"] == "new"
+    assert 1 <= asked.count("broken") <= 16 and asked[80:].count("broken") <= 6
+    play(optimizer, lambda v: cost(v, down=False), 300)
+    assert optimizer.recommend().value["mode"] == "broken"
+
+
 def test_outliers_and_quantised_costs():
     rng = np.random.default_rng(1)
 
