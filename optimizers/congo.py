@@ -141,6 +141,7 @@ class _CONGO(base.Optimizer):
         self._moves = 0.0  # times that the cost was seen to have changed, lately
         self._longest = math.inf  # longer ones fail, as far as is known
         self._penalty = 0.0
+        self._caution = 0.25  # with max_regression: what perturbations are multiplied by
         self._failures: dict[tuple[int, float], int] = {}  # of a level, since it last answered
         self._noise = noises.Noise()
         self._value: rounds.Value | None = None
@@ -278,18 +279,20 @@ class _CONGO(base.Optimizer):
         return j
 
     def _shorten(self, j: int) -> None:
-        """Shortens a perturbation until its predicted cost is within ``max_regression``."""
+        """Shortens a perturbation until its predicted cost is within ``max_regression``.
+
+        What the model has not seen it does not predict: perturbations begin small as well, grow
+        from round to round, and shrink with each measurement above the limit.
+        """
         r, limit = self._round, self._config.max_regression
         assert limit is not None
         now = r.measurements
-        if self._value is None or self._slopes is None:
-            # Nothing is known of the first round but what it has told so far.
-            start = r.base[0].loss if r.base else math.nan
-            above = sum(told.loss > start + limit for told in r.losses.values())
-            factor = 0.25 * 0.5**above
+        factor = self._caution * 0.5 ** sum(self._above(told) for told in r.losses.values())
+        if factor < 1:
             now.lengths[j] *= factor
             if self._levels:
                 now.jumps[j] = self._levels.thin(self._rng, now.jumps[j], factor)
+        if self._value is None or self._slopes is None:
             return
         if r.slopes is None:
             toward = r.point - self._x
@@ -302,6 +305,12 @@ class _CONGO(base.Optimizer):
             now.lengths[j] *= 0.5
             if self._levels:
                 now.jumps[j] = self._levels.thin(self._rng, now.jumps[j], 0.5)
+
+    def _above(self, told: rounds.Loss) -> bool:
+        """Whether a measurement cost more than ``max_regression`` above the iterate."""
+        limit = self._config.max_regression
+        start = self._x_loss if self._value is None else self._value.loss
+        return limit is not None and told.loss > start + limit
 
     def _start_feasible(self) -> None:
         """Moves a start that violates a cheap constraint to a point nearby that does not."""
@@ -530,8 +539,11 @@ class _CONGO(base.Optimizer):
             plausible = ~noises.penalties(np.concatenate([[self._merit(center)], costs]))[1:]
             told, costs = told[plausible], costs[plausible]
         answered = len(r.losses)
+        above = {i for i, told in r.losses.items() if self._above(told)}
+        if base_told:
+            self._caution = max(0.5 * self._caution, 0.01) if above else min(2 * self._caution, 1.0)
         if self._levels and base_told:
-            self._blame(set(told.tolist()))
+            self._blame(set(told.tolist()) - above)
         skipped, estimate = "", None
         if not base_told:
             skipped = "the loss at the iterate is not a number"
@@ -581,13 +593,13 @@ class _CONGO(base.Optimizer):
             self._plan = None
         self._open(self._x if trial is None else trial)
 
-    def _blame(self, answered: set[int]) -> None:
-        """Counts the failures of every level that a measurement visited; an answer clears it."""
+    def _blame(self, fine: set[int]) -> None:
+        """Counts the failures of every level that a measurement visited; a fine one clears it."""
         now = self._round.measurements
         for i in sorted(self._round.losses):
             for level in self._levels.reached(now.base, now.jumps[i]):
                 count = self._failures.pop(level, 0)
-                if i not in answered:
+                if i not in fine:
                     self._failures[level] = min(count + 1, _AVOIDED)
         while len(self._failures) > 1000:  # of integers there may be many
             del self._failures[next(iter(self._failures))]
@@ -963,10 +975,13 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
         radius: iterates stay in the ball of that radius around the initial point.
         normalize: with a learning rate, step along the unit gradient (the paper's queueing runs).
         max_gradient_norm: an estimate beyond it is not followed: the round takes no step.
-        max_regression: without a learning rate: no measurement is asked for that the fitted model
-            expects to cost more than this, in the cost's unit, above the iterate. Likely, not
-            certain: the model is of the last round, and the first round has none; it begins with
-            perturbations a quarter as long and halves them with each measurement that is above.
+        max_regression: without a learning rate: what a measurement may cost, in the cost's unit,
+            above the iterate. Guaranteed: none is asked for that the last round's fitted model
+            expects to cost more. Likely: few do. The model knows nothing of what was not measured
+            yet, so perturbations begin a quarter as long, and with a quarter of the levels; they
+            double after a round without one above the limit and halve with each that is, and the
+            levels visited by one above are asked for seldom. A level cannot begin small: one that
+            costs more is measured to be known.
 
     Raises:
         ValueError: for an option out of its range.

@@ -120,6 +120,25 @@ def test_no_measurement_is_predicted_above_max_regression(limit):
     assert incumbent < 10
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_measurements_above_max_regression_get_rare_where_cliffs_are_near(seed):
+    """Settings of a database from a good start: past some values all is twenty times slower."""
+    knobs = {f"size{i:02d}": ng.p.Log(init=16, lower=1, upper=256) for i in range(20)}
+    for i in range(14):
+        knobs[f"count{i:02d}"] = ng.p.Scalar(init=8, lower=1, upper=64).set_integer_casting()
+        knobs[f"flag{i:02d}"] = ng.p.Choice([True, False])
+
+    def cost(v):
+        cliff = v["size03"] > 20 or v["size07"] < 13 or v["size11"] > 25 or v["count05"] < 8
+        cliff = cliff or not v["flag02"] or not v["flag09"]
+        return (10 + 0.1 * abs(v["size15"] - 32)) * (20 if cliff else 1)
+
+    optimizer = make(ng.p.Dict(**knobs), seed=seed, max_regression=10.0)
+    above = [paid > 22 for paid in play(optimizer, cost, 100, noise=0.3)]  # the start costs 11.6
+    assert sum(above) <= 10 and sum(above[50:]) <= 4
+    assert cost(optimizer.recommend().value) < 12
+
+
 def test_paid_cost_approaches_the_recommended_one_under_noise():
     def function(x):
         return 100 + 5 * bowl(x)
