@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,13 +143,14 @@ def store_stream(dataset: IterableDataset, folder: Path, name: str, write: bool)
         write (`bool`):
             Whether this is the process that writes it.
     """
-    path = folder / f"{name}.parquet"
+    path, read = folder / f"{name}.parquet", folder / name
     if write:
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(read, ignore_errors=True)  # of an earlier stream
         partial = path.with_name(f".{path.name}.partial")
         dataset.to_parquet(partial)
         partial.replace(path)
-    stored: Any = Dataset.from_parquet(str(path), cache_dir=str(folder))
+    stored: Any = Dataset.from_parquet(str(path), cache_dir=str(read))
     return stored
 
 
@@ -336,10 +338,7 @@ def tokenize_steps(
     if isinstance(prompt, str):
         whole, start, special = prompt + text, len(prompt), not _begins(tokenizer, prompt)
     else:
-        turns, kwargs = (
-            [*prompt, {"role": "assistant", "content": text}],
-            dict(template_kwargs or {}),
-        )
+        turns, kwargs = [*prompt, {"role": "assistant", "content": text}], template_kwargs or {}
         rendered: Any = tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
         whole, special = rendered, False  # the template has written the special tokens
         # Many templates strip what they write.
