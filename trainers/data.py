@@ -148,7 +148,13 @@ def store_stream(dataset: IterableDataset, folder: Path, name: str, write: bool)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(read, ignore_errors=True)  # of an earlier stream
         partial = path.with_name(f".{path.name}.partial")
-        dataset.to_parquet(partial)
+        if not (rows := list(dataset)):
+            raise ValueError(f"`{name}_dataset` is empty")
+        if dataset.features is None:  # those of all rows: in the first ones a score may be None
+            whole = _dataset_of(rows, f"`{name}_dataset`")
+        else:
+            whole = Dataset.from_list(rows, dataset.features)
+        whole.to_parquet(partial)
         partial.replace(path)
     stored: Any = Dataset.from_parquet(str(path), cache_dir=str(read))
     return stored

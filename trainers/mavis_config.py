@@ -234,16 +234,17 @@ class MAVISConfig(TrainingArguments):
     train_embeddings: bool = field(
         default=False,
         metadata={
-            "help": "Whether to train the token embedding. Few of its rows are seen in the "
-            "rollouts, and with a small backbone it holds most of the parameters."
+            "help": "With `head_type='state'`, whether to train the token embedding. Few of its "
+            "rows are seen in the rollouts, and with a small backbone it holds most of the "
+            "parameters."
         },
     )
     merge_adapter: bool = field(
         default=True,
         metadata={
-            "help": "Whether `save_model` merges the adapter of `peft_config` into the backbone. "
-            "Unmerged adapters of one base model are served as one batch, from one copy of its "
-            "weights."
+            "help": "With `head_type='state'`, whether `save_model` merges the adapter of "
+            "`peft_config` into the backbone. Unmerged adapters of one base model are served as "
+            "one batch, from one copy of its weights."
         },
     )
     model_init_kwargs: dict[str, Any] | str | None = field(

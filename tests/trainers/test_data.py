@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -1013,8 +1013,8 @@ def test_columns_of_scores_can_be_chosen_by_name(base_model, tmp_path):
 
 
 def streamed(rows):
-    """As from a hub, without a length."""
-    return Dataset.from_list(rows).to_iterable_dataset()
+    """As from a hub, without a length or types."""
+    return IterableDataset.from_generator(lambda: iter(rows))
 
 
 @pytest.mark.parametrize("what", ["prompts", "scores", "pairs"])
