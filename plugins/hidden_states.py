@@ -1,19 +1,13 @@
-"""The hidden states that the base model's output layer reads, in vLLM and in transformers.
+"""The hidden states that the base model's output layer reads, in transformers.
 
-Heads need the row of every row of logits. vLLM does not hand it to logits processors: its layer
-that computes logits is watched, `vllm.model_executor.layers.logits_processor.LogitsProcessor`, as
-read in vLLM 0.32. Both model runners call it once for the rows that they sample, before
-the processors; for prompt log-probabilities and drafts they call it again afterwards. This file
-also tells checkpoints apart, since these features belong to one.
+In vLLM they are found by `vllm_internals`. This file also tells checkpoints apart, since these
+features belong to one.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import json
-import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,99 +15,6 @@ from typing import Any
 import torch
 
 SAMPLED = 64  # numbers of every tensor that a fingerprint is of
-
-_newest = threading.local()  # `rows`: what vLLM's layer has read last in this thread
-
-
-class MissingHiddenStates(RuntimeError):
-    """vLLM's output layer has not read a row for each of the logits."""
-
-
-def watch_vllm() -> None:
-    """Keeps what vLLM's output layers read, from now on, in this process.
-
-    Raises:
-        ValueError: This version of vLLM has no such layer.
-    """
-    from vllm.model_executor.custom_op import maybe_get_oot_by_class
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-    layer: Any = maybe_get_oot_by_class(LogitsProcessor)  # a platform may have its own
-    compute = layer.forward
-    if hasattr(compute, "watched_by_trimtab"):
-        return
-    names = list(inspect.signature(compute).parameters)[:3]
-    if names != ["self", "lm_head", "hidden_states"]:
-        raise ValueError(
-            "value heads read the hidden states that vLLM's layer LogitsProcessor gets, and this "
-            f"version's has the arguments {names}: install vLLM 0.32"
-        )
-
-    @functools.wraps(compute)
-    def forward(self: Any, lm_head: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
-        logits = compute(self, lm_head, hidden_states, *args, **kwargs)
-        _newest.rows = None if self.logits_as_input else hidden_states
-        return logits
-
-    forward.watched_by_trimtab = True  # type: ignore[attr-defined]
-    layer.forward = forward
-
-
-def forget_rows() -> None:
-    """Drops what the last step has left: a step begins."""
-    _newest.rows = None
-
-
-def rows_of(
-    num_rows: int, hidden_size: int, start: int = 0, total: int | None = None
-) -> torch.Tensor:
-    """The hidden states of the rows of logits that are sampled now.
-
-    Args:
-        num_rows: Number of those rows.
-        hidden_size: Width that the heads read.
-        start: First of them, where the step's rows are sampled part by part.
-        total: Number of the step's rows.
-
-    Returns:
-        `[num_rows, hidden_size]`, in the base model's dtype.
-
-    Raises:
-        MissingHiddenStates: vLLM's layer was not called, or with other rows.
-    """
-    hidden = getattr(_newest, "rows", None)
-    expected = (num_rows if total is None else total, hidden_size)
-    if hidden is None or tuple(hidden.shape) != expected:
-        found = "none" if hidden is None else f"{list(hidden.shape)}"
-        raise MissingHiddenStates(
-            f"value heads need hidden states of shape {list(expected)}, a row for each of the "
-            f"logits, and vLLM's output layer has read {found}: this base model or runner computes "
-            "logits in another way; serve it with a value model that has a backbone (head_type "
-            "'state')"
-        )
-    return hidden[start : start + num_rows]
-
-
-def check_vllm(vllm_config: Any) -> None:
-    """Refuses a server in which the rows of hidden states and logits cannot match.
-
-    Raises:
-        ValueError: The server is one; the message says why.
-    """
-    parallel = vllm_config.parallel_config
-    reasons = {
-        "a pooling model samples nothing": vllm_config.model_config.runner_type == "pooling",
-        "batch-sharded sampling gives each rank other rows: remove "
-        "--enable-batch-sharded-sampling": getattr(
-            parallel, "enable_batch_sharded_sampling", False
-        ),
-        "with an external launcher, pipeline stages sample that have no hidden states: use another "
-        "--distributed-executor-backend": parallel.pipeline_parallel_size > 1
-        and parallel.distributed_executor_backend == "external_launcher",
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ValueError(f"value heads read the served model's hidden states: {reason}")
 
 
 class OutputLayerInput:

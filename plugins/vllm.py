@@ -21,7 +21,6 @@ import torch
 
 try:
     from vllm.config import VllmConfig
-    from vllm.logger import init_logger
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
     from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
@@ -39,14 +38,7 @@ from .devices import to_device
 from .engine import GIB, History, ValueEngine
 from .guide import Guide
 from .heads import HeadGuide, MAVISValueHeads, Rows, are_heads
-from .hidden_states import (
-    MissingHiddenStates,
-    check_checkpoint,
-    check_vllm,
-    forget_rows,
-    rows_of,
-    watch_vllm,
-)
+from .hidden_states import check_checkpoint
 from .metrics import StepMetrics, count_refusal, count_request, step_metrics
 from .params import (
     GuidanceConfig,
@@ -62,12 +54,22 @@ from .value_config import (
     tokenizer_fingerprint,
 )
 from .value_model import MAVISValueModel
-from .vllm_internals import ModelRunner, calling, is_first_rank, samples
+from .vllm_internals import (
+    MissingHiddenStates,
+    ModelRunner,
+    calling_config,
+    check_rows,
+    forget_rows,
+    is_first_rank,
+    logger,
+    part_of_step,
+    rows_of,
+    samples,
+    watch_vllm,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
-
-logger = init_logger("vllm.trimtab")  # vLLM only shows loggers below its own
 
 
 @dataclass(frozen=True)
@@ -141,16 +143,6 @@ def serving(vllm_config: VllmConfig) -> Serving:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"mavis config: it must be what JSON can say ({error})") from None
     return _serving(text)
-
-
-def _calling_config() -> VllmConfig | None:
-    """The config of the vLLM engine that is calling `validate_params`, None if it is not found.
-
-    vLLM passes the hook nothing but the request, and a process may hold several engines: the
-    engine's input processor is looked for up the stack (vLLM 0.32: two or three frames).
-    """
-    found = calling(lambda caller: isinstance(getattr(caller, "vllm_config", None), VllmConfig))
-    return None if found is None else found.vllm_config
 
 
 @dataclass(eq=False)
@@ -274,7 +266,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 "mavis config: prune_eps is for value models with a backbone, and heads on the "
                 "served model's hidden state read all candidates at once; leave prune_eps out"
             )
-        check_vllm(vllm_config)
+        check_rows(vllm_config)
         watch_vllm()
         self._heads = self.heads_class(models, vllm_config.scheduler_config.max_num_seqs, device)
         self._heads.watch = None if self._metrics is None else self._metrics.record
@@ -300,7 +292,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         Raises:
             ValueError: One is unknown, malformed or out of range; vLLM answers HTTP 400.
         """
-        if (config := _calling_config()) is None:
+        if (config := calling_config()) is None:
             read_request(sampling_params.extra_args)
             return
         try:
@@ -466,12 +458,10 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if ctx is None:
             plan = self._plan
         elif self._speculates:
-            # Only the device knows which request a row is of. A large batch comes in parts, views
-            # of the whole (vLLM 0.32: RejectionSampler._verify_in_chunks).
+            # Only the device knows which request a row is of.
             slots = ctx.expanded_idx_mapping
             plan = heads.plan_on_device(slots, ctx.idx_mapping_np)
-            start = int(slots.storage_offset())
-            total = slots.untyped_storage().nbytes() // slots.itemsize
+            start, total = part_of_step(slots)
         else:
             plan = heads.plan(ctx.idx_mapping_np)
         if not plan:

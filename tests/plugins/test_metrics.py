@@ -205,7 +205,7 @@ def test_processors_of_one_process_share_their_metrics(base_model, value_model, 
     """As an `LLM` made twice, and without a folder for those of several processes."""
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from trimtab.plugins import hidden_states
+    from trimtab.plugins import vllm_internals
 
     labels = {"model_name": "twice", "engine": "0"}
     for i, model in enumerate((value_model, heads, value_model), start=1):
@@ -213,7 +213,7 @@ def test_processors_of_one_process_share_their_metrics(base_model, value_model, 
         processor = v1_processor(base_model, mavis, served_model_name="twice")
         request = sampling((1.0, 0.0), extra_args={"mavis_top_k": 5})
         processor.update_state(BatchUpdate(1, [], [(0, request, [5, 6], [])], []))
-        hidden_states._newest.rows = torch.randn(1, 64)
+        vllm_internals._newest.rows = torch.randn(1, 64)
         processor.apply(torch.randn(1, VOCAB_SIZE))
         assert counted("mavis:guided_rows_total", **labels) == i
         assert counted("mavis:guided_candidates_total", **labels) == 5 * i
@@ -223,14 +223,14 @@ def test_processors_of_one_process_share_their_metrics(base_model, value_model, 
 def test_a_step_that_fails_is_counted(base_model, heads):
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from trimtab.plugins import hidden_states
+    from trimtab.plugins import vllm_internals
 
     mavis = {"value_models": [str(heads)]}
     processor = v1_processor(base_model, mavis, served_model_name="failing")
     labels = {"model_name": "failing", "engine": "0"}
     processor.update_state(BatchUpdate(1, [], [(0, sampling((1.0, 0.0)), [5, 6], [])], []))
     for rows in (1, 2, 1, 2, 2):
-        hidden_states._newest.rows = torch.randn(rows, 64)
+        vllm_internals._newest.rows = torch.randn(rows, 64)
         processor.apply(torch.randn(1, VOCAB_SIZE))
     assert processor.failures == {"MissingHiddenStates": 3}
     assert counted("mavis:failures_total", kind="step", **labels) == 3

@@ -34,7 +34,7 @@ def warnings():
 
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm.logger, "warning", lambda text, *args: said.append(text % args))
+        patch.setattr(vllm.logger, "warning", lambda text, *args, **_: said.append(text % args))
         yield said
 
 

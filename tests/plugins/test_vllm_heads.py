@@ -178,7 +178,7 @@ def test_a_server_in_which_heads_would_read_wrong_rows_does_not_start(
 def test_rows_that_never_match_stop_the_engine_and_later_ones_go_on_unguided(base_model, heads):
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from trimtab.plugins import hidden_states
+    from trimtab.plugins import vllm_internals
 
     processor = v1_processor(base_model, {"value_models": [str(heads)]})
     added = [(i, sampling((1.0, 0.0)), [5, 6], []) for i in range(2)]
@@ -186,10 +186,10 @@ def test_rows_that_never_match_stop_the_engine_and_later_ones_go_on_unguided(bas
     logits = torch.randn(2, 96)
     with pytest.raises(RuntimeError, match="output layer has read none"):
         processor.apply(logits.clone())
-    hidden_states._newest.rows = torch.randn(3, 64)
+    vllm_internals._newest.rows = torch.randn(3, 64)
     with pytest.raises(RuntimeError, match=r"has read \[3, 64\]"):
         processor.apply(logits.clone())
-    hidden_states._newest.rows = torch.randn(2, 64)
+    vllm_internals._newest.rows = torch.randn(2, 64)
     assert not processor.apply(logits.clone()).equal(logits)
     processor.update_state(None)  # a step begins: what the last one left is not taken for its own
     assert processor.apply(logits.clone()).equal(logits)
@@ -200,7 +200,7 @@ def test_unguided_rows_are_bit_identical(base_model, heads):
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-    from trimtab.plugins import hidden_states
+    from trimtab.plugins import vllm_internals
 
     processor = v1_processor(base_model, {"value_models": [str(heads)]})
     logits = torch.randn(3, 96)
@@ -208,7 +208,7 @@ def test_unguided_rows_are_bit_identical(base_model, heads):
     guided = sampling((1.0, 0.0))
     added = [(0, SamplingParams(), [5], []), (1, guided, [6], []), (2, SamplingParams(), [7], [])]
     processor.update_state(BatchUpdate(3, [], added, []))
-    hidden_states._newest.rows = torch.randn(3, 64)
+    vllm_internals._newest.rows = torch.randn(3, 64)
     out = processor.apply(logits.clone())
     assert out[[0, 2]].equal(logits[[0, 2]]) and not out[1].equal(logits[1])
     processor.update_state(BatchUpdate(2, [1], [], []))  # the guided one has left
