@@ -97,15 +97,16 @@ def main() -> None:
     rewards = ["--reward_funcs", "positivity=rewards:positivity", "rarity=rewards:rarity"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve(args.base.resolve(), args.value_model.resolve(), Path(folder, "log")) as server,
+        serve(args.base, args.value_model, Path(folder, "log")) as server,
         playground(server, *rewards, folder=ROOT / "examples") as address,
-        chromium() as driver,
+        chromium(height=1340) as driver,
     ):
         driver.get(address)
         button = "//button[normalize-space()='Send']"
         [send] = wait_for(lambda: driver.find_elements(By.XPATH, button))
         send.click()
-        wait_for(lambda: driver.find_elements(By.XPATH, "//td[contains(., 'unguided')]"))
+        wait_for(lambda: driver.find_elements(By.XPATH, "//*[contains(@class, 'mark-symbol')]"))
+        time.sleep(2)  # until the plot stands
         driver.save_screenshot(args.image)
     Image.open(args.image).convert("P", palette=Image.Palette.ADAPTIVE).save(args.image)
     print(args.image)

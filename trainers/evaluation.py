@@ -152,7 +152,7 @@ class GuidedServerSampler(ServerSampler):
 
 def check_server(url: str, objectives: Sequence[str], config: MAVISValueConfig) -> None:
     """
-    Refuses a server that guides by other objectives, or by another value model of such.
+    Refuses a server that guides by other objectives, by another value model or within a KL budget.
 
     Args:
         url (`str`):
@@ -162,7 +162,13 @@ def check_server(url: str, objectives: Sequence[str], config: MAVISValueConfig) 
         config ([`MAVISValueConfig`]):
             Of the value model that is evaluated.
     """
-    served = find_server(url).objectives
+    server = find_server(url)
+    if "kl_budget" in server.defaults:
+        raise ValueError(
+            f"vllm_server_base_url: {url!r} has the kl_budget {server.defaults['kl_budget']:g}, "
+            "which weakens `betas`: start it without"
+        )
+    served = server.objectives
     made = {key: value for key, value in (config.provenance or {}).items() if key != "command"}
     for name in objectives:
         if name not in served:
@@ -219,12 +225,15 @@ class Answers:
             return GuidedServerSampler(args.model_name_or_path, base, *of[1:])
         if args.use_vllm:
             longest = max(map(len, self.prompt_ids)) + args.max_completion_length
-            return VLLMSampler(
-                *of,
-                max_model_len=longest,
-                value_models=[args.value_model],
-                init_kwargs=args.vllm_init_kwargs,  # type: ignore[arg-type]
-            )
+            try:
+                return VLLMSampler(
+                    *of,
+                    max_model_len=longest,
+                    value_models=[args.value_model],
+                    init_kwargs=args.vllm_init_kwargs,  # type: ignore[arg-type]
+                )
+            except ModuleNotFoundError as error:
+                raise ValueError(str(error)) from error  # what to install, or to set
         return TransformersSampler(*of, value_models=[args.value_model])
 
     def respond(

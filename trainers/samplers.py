@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.utils import logging
 
 from trimtab.plugins.adapters import load_value_models
+from trimtab.plugins.client import api_key
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ class ServerSampler:
         from openai import OpenAI
 
         timeout = SERVER_TIMEOUT / 10
-        with OpenAI(base_url=url, api_key=server_key(), timeout=timeout, max_retries=1) as client:
+        with OpenAI(base_url=url, api_key=api_key(), timeout=timeout, max_retries=1) as client:
             served = client.models.list().data
             names = {n: one.id for one in served for n in (one.id, getattr(one, "root", None))}
             name = names.get(self.base_model, served[0].id)
@@ -320,8 +320,7 @@ class ServerSampler:
             elif self.base_model not in names:
                 logger.warning(
                     f"the server at {url!r} serves {[one.id for one in served]}, not by the name "
-                    f"{self.base_model!r}: make sure that it is the base model, whose responses "
-                    "are learnt from"
+                    f"{self.base_model!r}: make sure that it is the base model"
                 )
         return name
 
@@ -410,7 +409,7 @@ class ServerSampler:
                     waiting.append(i)  # for another server
 
         async with AsyncOpenAI(
-            base_url=url, api_key=server_key(), max_retries=SERVER_RETRIES
+            base_url=url, api_key=api_key(), max_retries=SERVER_RETRIES
         ) as client:
             await asyncio.gather(*(work(client) for _ in range(SERVER_REQUESTS)))
 
@@ -450,11 +449,6 @@ def prompt_log_probs(model: Any, tokens: list[int]) -> list[float]:
     ids = torch.tensor([tokens], device=model.device)
     log_probs = model.eval()(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
     return log_probs.gather(1, ids[0, 1:, None])[:, 0].tolist()
-
-
-def server_key() -> str:
-    """The key that the OpenAI client sends; a server started without one takes any."""
-    return os.environ.get("OPENAI_API_KEY", "EMPTY")
 
 
 def load_causal_lm(name: str, model_init_kwargs: Mapping[str, Any] | None) -> Any:

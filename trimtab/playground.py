@@ -222,7 +222,9 @@ def page(server: Server, reward_funcs: Mapping[str, Any]) -> Any:
     weights = defaults["weights"] or {objectives[0]: 1.0}
     coloured = server.logprobs_mode.startswith("raw")
     with gr.Blocks(title="trimtab playground", analytics_enabled=False) as blocks:
-        prompt = gr.Textbox("Tell me about city parks.", label=f"Prompt to {server.model}")
+        prompt = gr.Textbox(
+            "Tell me about city parks.", label=f"Prompt to {server.model.split('/')[-1]}"
+        )
         with gr.Row():
             sliders = [
                 gr.Slider(-limit, limit, weight, step=0.05, label=name, buttons=[])

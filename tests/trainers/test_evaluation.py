@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -120,13 +121,13 @@ def test_the_front_is_reported_and_a_second_run_samples_nothing(
 
 
 @contextmanager
-def guided_server(value_model, objectives=("sweet", "sour"), **change):
+def guided_server(value_model, objectives=("sweet", "sour"), defaults=None, **change):
     """A server that says that it guides by `value_model`, and what it was sent."""
     received = []
     made = {"provenance": load_config(str(value_model)).provenance or {}, "value_model": "theirs"}
     said = {
         "objectives": [{"name": name, **made, **change} for name in objectives],
-        "defaults": {"weights": {}, "beta": 1.0, "top_k": 40},
+        "defaults": {"weights": {}, "beta": 1.0, "top_k": 40, **(defaults or {})},
         "logprobs_mode": "raw_logprobs",
     }
     models = {"object": "list", "data": [{"id": "m", "object": "model"}]}
@@ -177,6 +178,7 @@ def test_a_server_is_asked_for_the_weights_and_tells_no_kl(folder, base_model, v
     [
         ({"objectives": ["sweet"]}, {}, "does not guide by 'sour', but by ['sweet']"),
         ({"provenance": {"of": "others"}}, {}, "guides 'sweet' by another value model, 'theirs'"),
+        ({"defaults": {"kl_budget": 0.1}}, {}, "has the kl_budget 0.1, which weakens `betas`"),
         ({}, {"max_completion_length": 7}, "the server refuses, Error code: 400"),
     ],
 )
@@ -210,6 +212,13 @@ def test_what_cannot_be_evaluated_is_named(
     assert run(base_model, value_model, *flags, **options) == 2
     _, said, error = capsys.readouterr().err.partition("trimtab evaluate: error: ")
     assert said and message in error and "Traceback" not in error
+
+
+def test_without_vllm_it_says_what_to_do(folder, base_model, value_model, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert run(base_model, value_model, "--reward_funcs", *REWARD_FUNCS, use_vllm="true") == 2
+    error = capsys.readouterr().err
+    assert "needs vllm" in error and "use_vllm=False" in error and "Traceback" not in error
 
 
 def test_models_are_given_before_flags_or_in_the_yaml_file(
