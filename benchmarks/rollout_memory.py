@@ -6,7 +6,7 @@
 The demo's rollouts stand for more of them: their files are linked under further names, hidden
 states too. A process of its own packs them as `MAVISTrainer` does before it trains, and takes 20
 steps. What counts is anonymous memory: pages of mapped files are the system's to take back. Writes
-`benchmarks/results/rollout_memory.json` and a table beside it.
+`benchmarks/results/rollout_memory.json`, in which other multiples are kept, and a table beside it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def main() -> None:
     if args.folder is not None:
         train(args)
         return
-    runs: list[dict[str, Any]] = []
+    out = ROOT / "benchmarks/results/rollout_memory.json"
+    runs: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
+    runs = [run for run in runs if run["times"] not in args.times]
     for head_type in ("hidden", "state"):
         for times in args.times:
             with tempfile.TemporaryDirectory(dir=args.rollouts) as scratch:
@@ -106,7 +108,7 @@ def main() -> None:
                  "before_gib": before / 2**30, "peak_gib": most / 2**30, "seconds": seconds}
             )  # fmt: skip
             print(runs[-1], flush=True)
-    out = ROOT / "benchmarks/results/rollout_memory.json"
+    runs.sort(key=lambda run: (run["head_type"], run["times"]))
     out.write_text(json.dumps(runs, indent=1) + "\n")
     lines = ["| head | trees | peak anonymous memory, GiB | before it, GiB |", "| --- " * 4 + "|"]
     lines += [
