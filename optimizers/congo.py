@@ -287,12 +287,13 @@ class _CONGO(base.Optimizer):
         r, limit = self._round, self._config.max_regression
         assert limit is not None
         now = r.measurements
-        factor = self._caution * 0.5 ** sum(self._above(told) for told in r.losses.values())
+        caution = min(self._caution, 0.25) if self._slopes is None else self._caution
+        factor = caution * 0.5 ** sum(self._above(told) for told in r.losses.values())
         if factor < 1:
             now.lengths[j] *= factor
             if self._levels:
                 now.jumps[j] = self._levels.thin(self._rng, now.jumps[j], factor)
-        if self._value is None or self._slopes is None:
+        if self._slopes is None:
             return
         if r.slopes is None:
             toward = r.point - self._x
@@ -537,7 +538,9 @@ class _CONGO(base.Optimizer):
         told = np.array(places, dtype=np.int64)
         if self._searching and base_told and told.size:
             plausible = ~noises.penalties(np.concatenate([[self._merit(center)], costs]))[1:]
-            told, costs = told[plausible], costs[plausible]
+            # Where most levels do not matter all costs are equal, and one that does is no failure.
+            if not self._levels or (costs[plausible] != self._merit(center)).any():
+                told, costs = told[plausible], costs[plausible]
         answered = len(r.losses)
         above = {i for i, told in r.losses.items() if self._above(told)}
         if base_told:
@@ -976,12 +979,12 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
         normalize: with a learning rate, step along the unit gradient (the paper's queueing runs).
         max_gradient_norm: an estimate beyond it is not followed: the round takes no step.
         max_regression: without a learning rate: what a measurement may cost, in the cost's unit,
-            above the iterate. Guaranteed: none is asked for that the last round's fitted model
-            expects to cost more. Likely: few do. The model knows nothing of what was not measured
-            yet, so perturbations begin a quarter as long, and with a quarter of the levels; they
-            double after a round without one above the limit and halve with each that is, and the
-            levels visited by one above are asked for seldom. A level cannot begin small: one that
-            costs more is measured to be known.
+            above the iterate. Guaranteed: none is asked for that the last round's slopes and mean
+            curvature put higher. Likely: few cost more. What was not measured yet has no slope, so
+            perturbations begin a quarter as long, and with a quarter of the levels; they double
+            after a round without a measurement above the limit and halve with each that is, and the
+            levels visited by one above are asked for seldom. A level cannot begin small: that it
+            costs more is known once it is measured.
 
     Raises:
         ValueError: for an option out of its range.
