@@ -33,7 +33,7 @@ A flag overrides the same key of the YAML file. The main ones:
   dataset_name          file of prompts (.jsonl, .json, .parquet), or a dataset's hub id
   reward_funcs          NAME=MODULE:FUNCTION or NAME=MODEL_ID, one or more; modules are looked
                         for in the working directory and beside the YAML file. Without any,
-                        the dataset is of responses with scores, or of pairs
+                        the dataset is of responses with scores, of steps or of pairs
   output_dir            where the value model, its checkpoints and the rollouts go
   use_vllm              sample with vLLM in this process (vllm_server_base_url: elsewhere)
   max_completion_length tokens of a response
@@ -111,7 +111,7 @@ class MAVISScriptArguments:
             row. A file may have a column `"split"`.
         reward_funcs (`list[str]`, *optional*):
             Objectives, as `name=module:function` or `name=model_id`. Without any, the dataset is of
-            responses with their scores, or of pairs, and nothing is sampled.
+            responses with their scores, of steps or of pairs, and nothing is sampled.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
@@ -128,7 +128,8 @@ class MAVISScriptArguments:
         default=None,
         metadata={
             "help": "Objectives, as `name=module:function` or `name=model_id`. Without any, the "
-            "dataset is of responses with their scores, or of pairs, and nothing is sampled."
+            "dataset is of responses with their scores, of steps or of pairs, and nothing is "
+            "sampled."
         },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
