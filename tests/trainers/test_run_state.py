@@ -558,6 +558,7 @@ def test_runs_that_die_while_a_server_does_end_with_the_same_trees_and_weights(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(4 * 3600)  # a server starts for every run
 def test_twenty_runs_that_die_while_a_server_does_end_with_the_same_trees_and_weights(
     base_model, tmp_path
 ):
