@@ -21,6 +21,8 @@ from .samplers import Piece, VLLMSampler
 
 logger = logging.get_logger(__name__)
 
+CLOSE_TIMEOUT = 10.0  # seconds for an engine to end by itself
+
 
 class Worker:
     """What a process of Ray runs."""
@@ -30,6 +32,7 @@ class Worker:
     def start(self, expected: dict[str, str], source: Any, kwargs: dict[str, Any]) -> str:
         """Makes the sampler, of the weights that are `expected`, and returns where it is."""
         place = f"{socket.gethostname()}, process {os.getpid()}"
+        self.sampler = VLLMSampler(**kwargs)  # which may have to download them
         for path, found in fingerprints(kwargs, source).items():
             if found != expected[path]:
                 raise ValueError(
@@ -37,7 +40,6 @@ class Worker:
                     "that trains: give every node the same files, by a shared file system or a hub "
                     "id with a `revision`"
                 )
-        self.sampler = VLLMSampler(**kwargs)
         return place
 
     def sample(self, *args: Any) -> list[Piece]:
@@ -160,11 +162,13 @@ class RaySampler:
     def close(self) -> None:
         """Ends the workers, and a cluster that was started for them."""
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import GetTimeoutError, RayActorError
 
-        for worker in self.workers.values():
-            with suppress(RayActorError):
-                ray.get(worker.close.remote())
+        workers = list(self.workers.values())
+        for worker, closed in zip(workers, [worker.close.remote() for worker in workers]):
+            # Where this process was interrupted they are at work.
+            with suppress(RayActorError, GetTimeoutError):
+                ray.get(closed, timeout=CLOSE_TIMEOUT)
             ray.kill(worker)
         if self.started:
             ray.shutdown()
