@@ -153,7 +153,7 @@ class StepMetrics:
             kl, candidates = self._copies.popleft()[0].numpy()
             known = np.isfinite(kl)
             self._rows.inc(int(known.sum()))
-            self._candidates.inc(int(candidates[known].sum()))
+            self._candidates.inc(int(candidates[known].sum(dtype=np.float64)))
             self._kl.observe_all(kl[known])
 
     def fail(self, kind: str) -> None:
