@@ -414,13 +414,15 @@ def summary(folder: Path, trees: Sequence[Any], prompts: int) -> list[str]:
     import numpy as np
     from transformers import AutoTokenizer
 
+    from .data import SOURCE
     from .rewards import reward_statistics
 
     made = json.loads((folder / "rollouts.json").read_text())
     responses = sum(len(tree.leaves()) for tree in trees)
     tokens = sum(len(node.tokens) for tree in trees for node in tree.nodes[1:])
     lines = [
-        f"{len(trees)} prompts, {responses} responses, {tokens} tokens sampled from "
+        f"{len(trees)} prompts, {responses} responses, {tokens} tokens "
+        f"{'given as data for' if made.get('source') == SOURCE else 'sampled from'} "
         f"{made['base_model']}",
     ]
     objectives = [name for name in trees[0].rewards if all(name in tree.rewards for tree in trees)]

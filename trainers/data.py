@@ -789,7 +789,9 @@ def _check_row(row: Any, where: str) -> None:
             refuse(name, "a finite number, or None where it is not known")
 
 
-def store_responses(folder: Path, responses: Responses, batch_size: int) -> None:
+def store_responses(
+    folder: Path, responses: Responses, batch_size: int, base_model: str
+) -> None:
     """
     Writes the trees to a folder that [`read_rollouts`] reads, in the place of those of other data.
 
@@ -802,6 +804,8 @@ def store_responses(folder: Path, responses: Responses, batch_size: int) -> None
             What to store.
         batch_size (`int`):
             Number of prompts in a file.
+        base_model (`str`):
+            Id or path of the model whose tokens they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = folder / "rollouts.json"
@@ -812,7 +816,7 @@ def store_responses(folder: Path, responses: Responses, batch_size: int) -> None
             f"{str(folder)!r} holds rollouts that were sampled, and data would take their place; "
             "give another `rollout_dir`"
         )
-    described = {"format": FORMAT, **responses.describe()}
+    described = {"format": FORMAT, "base_model": base_model, **responses.describe()}
     write_json(settings, {"format": FORMAT, "source": SOURCE})  # of which data, once it is written
     stamp = json.dumps(described["fingerprint"])
     kept = set()

@@ -626,7 +626,9 @@ class MAVISTrainer(Trainer):
         """The trees of a dataset's own responses."""
         folder = self._folders(name)[-1]
         if self.is_world_process_zero():
-            store_responses(folder, self._responses[name], self.args.rollout_batch_size)
+            store_responses(
+                folder, self._responses[name], self.args.rollout_batch_size, self.base_model
+            )
         self.accelerator.wait_for_everyone()
         return read_rollouts(folder)
 

@@ -95,7 +95,7 @@ def test_train_from_yaml(folder):
     assert "eval_explained_variance/goodness" in metrics
 
 
-def test_train_on_scored_responses_needs_no_reward_function(folder, base_model):
+def test_train_on_scored_responses_needs_no_reward_function(folder, base_model, capsys):
     rows = [
         {"prompt": w, "completion": " good" if w < "d" else " bad", "mood": w < "d", "split": split}
         for split, words in (("train", "abcdef"), ("test", "ghab"))
@@ -115,6 +115,11 @@ def test_train_on_scored_responses_needs_no_reward_function(folder, base_model):
     assert config.objectives == ["mood"] and config.head_type == "hidden"
     stored = json.loads((folder / "value_model/rollouts/train/rollouts.json").read_text())
     assert stored["source"] == "data" and stored["responses"] == 6
+    capsys.readouterr()
+    assert run("rollouts", "show", "value_model/rollouts/train") == 0
+    shown = capsys.readouterr().out
+    assert f"6 prompts, 6 responses, 12 tokens given as data for {base_model}" in shown
+    assert "mood 1: ' good'" in shown or "mood 1: 'good'" in shown
 
 
 def test_rollouts_are_collected_scored_and_shown(folder, capsys):
