@@ -789,9 +789,7 @@ def _check_row(row: Any, where: str) -> None:
             refuse(name, "a finite number, or None where it is not known")
 
 
-def store_responses(
-    folder: Path, responses: Responses, batch_size: int, base_model: str
-) -> None:
+def store_responses(folder: Path, responses: Responses, batch_size: int, base_model: str) -> None:
     """
     Writes the trees to a folder that [`read_rollouts`] reads, in the place of those of other data.
 

@@ -25,7 +25,6 @@ from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -41,6 +40,14 @@ from trimtab.plugins.heads import MAVISValueHeads
 from trimtab.plugins.value_config import MAVISValueConfig, load_config, tokenizer_fingerprint
 from trimtab.plugins.value_model import MAVISValueModel
 
+from .base_model import (
+    end_tokens,
+    is_value_model,
+    load_base_model,
+    precision_of,
+    source_of,
+    vllm_source_of,
+)
 from .candidates import (
     RANGE_POSITIONS,
     RANGE_SEQUENCES,
@@ -78,7 +85,7 @@ from .head_training import (
 from .hidden_states import collate_rows
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
-from .packing import DataCollatorForTrees, TreeDataset
+from .packing import TreeDataset
 from .preferences import UTILITY_STD, pair_loss
 from .ray_sampler import RaySampler
 from .rewards import RewardLog, load_reward_funcs, reward_statistics
@@ -97,8 +104,15 @@ from .samplers import (
     ServerSampler,
     TransformersSampler,
     VLLMSampler,
-    load_causal_lm,
     prompt_log_probs,
+)
+from .state_training import (
+    QUARTERS,
+    ValueMetrics,
+    check_tree_attention,
+    refuse_data_parallel,
+    tree_collator,
+    wrap_backbone,
 )
 from .trees import Tree, TreeConfig
 
@@ -108,7 +122,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 COMPLETIONS = 8  # of `log_completions`
-QUARTERS = 4  # of a response, for the metrics by depth
 
 
 class MAVISTrainer(Trainer):
@@ -1321,92 +1334,6 @@ class MAVISTrainer(Trainer):
             (Path(self.args.output_dir) / "README.md").write_text(model_card(config))
 
 
-class ValueMetrics:
-    """
-    Sums from which explained variance and ranking of siblings are computed, over any number of
-    batches.
-
-    Args:
-        objectives (`list[str]`):
-            Names of the values.
-    """
-
-    def __init__(self, objectives: list[str]) -> None:
-        self.objectives = objectives
-        self.sums: torch.Tensor | None = None
-
-    def add(
-        self,
-        values: torch.Tensor,
-        labels: torch.Tensor,
-        quarters: torch.Tensor,
-        differences: torch.Tensor,
-        sibling_labels: torch.Tensor,
-        distinct: torch.Tensor,
-    ) -> None:
-        """
-        Adds a batch.
-
-        Args:
-            values (`torch.Tensor`):
-                Predicted values, `[n, n_objectives]`.
-            labels (`torch.Tensor`):
-                Observed values, `[n, n_objectives]`, NaN where there is none.
-            quarters (`torch.Tensor`):
-                Quarter of the response that each is in, `[n]`; `-1` at the end of the prompt.
-            differences (`torch.Tensor`):
-                Predicted differences between siblings at their first and last tokens,
-                `[2, n_pairs, n_objectives]`.
-            sibling_labels (`torch.Tensor`):
-                Observed differences, `[n_pairs, 2, n_objectives]`, NaN where there is none.
-            distinct (`torch.Tensor`):
-                Whether the siblings' first tokens differ, `[n_pairs]`; else these cannot be ranked.
-        """
-        values, labels, sibling_labels = values.double(), labels.double(), sibling_labels.double()
-        known = ~labels.isnan()
-        labels, sibling_labels = labels.nan_to_num(), sibling_labels.nan_to_num()
-        error = (values - labels).square() * known
-        rows = []
-        for quarter in range(QUARTERS):
-            inside = (quarters == quarter)[:, None] & known
-            for term in (torch.ones_like(labels), labels, labels.square(), error):
-                rows.append((term * inside).sum(0))
-        for i, counted in enumerate((distinct, torch.ones_like(distinct))):
-            observed = sibling_labels[:, i]
-            decided = (observed != 0) & counted[:, None]
-            agreement = differences[i].double().sign() * observed.sign()
-            rows += [((agreement + 1) / 2 * decided).sum(0), decided.sum(0).double()]
-        rows += [error.sum(0), known.sum(0).double()]
-        sums = torch.stack(rows)  # [rows, n_objectives]
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def compute(self, accelerator: Any) -> dict[str, float]:
-        """Metrics of all that was added by all processes since the last call."""
-        sums = accelerator.reduce(self.sums, reduction="sum").cpu()
-        self.sums = None
-        moments = sums[: 4 * QUARTERS].view(QUARTERS, 4, -1)
-        ranks = sums[4 * QUARTERS : 4 * QUARTERS + 4].view(2, 2, -1)
-        metrics = {"value_loss": float(sums[-2].sum() / sums[-1].sum())}
-        for i, name in enumerate(self.objectives):
-            metrics[f"explained_variance/{name}"] = explained_variance(moments[..., i].sum(0))
-            for quarter in range(QUARTERS):
-                metrics[f"explained_variance/{name}/quarter_{quarter + 1}"] = explained_variance(
-                    moments[quarter, :, i]
-                )
-            for place, (right, count) in zip(("first_token", "last_token"), ranks[..., i].tolist()):
-                metrics[f"sibling_accuracy/{name}/{place}"] = (
-                    right / count if count else float("nan")
-                )
-        return {key: value for key, value in metrics.items() if value == value}
-
-
-def explained_variance(moments: torch.Tensor) -> float:
-    """`1 - squared error / variance` from the count, sum, sum of squares and squared error."""
-    count, total, squares, error = moments.tolist()
-    variance = squares - total**2 / count if count else 0.0
-    return 1.0 - error / variance if variance > 0 else float("nan")
-
-
 def sorted_text(value: Any) -> Any:
     """Of what JSON has no form for: a set in order, anything else as text."""
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
@@ -1420,74 +1347,6 @@ def held_out(by_name: Mapping[str, Sequence[Tree]]) -> list[Tree]:
 def rollout_dir(args: Any) -> Path:
     """Where the rollouts are."""
     return Path(args.rollout_dir or Path(args.output_dir) / "rollouts")
-
-
-def precision_of(kwargs: Mapping[str, Any] | None) -> dict[str, str]:
-    """Those arguments of a model that change what it computes."""
-    names = ("dtype", "torch_dtype", "quantization", "quantization_config", "revision",
-             "subfolder", "hf_overrides", "kv_cache_dtype")  # fmt: skip
-    return {name: str(kwargs[name]) for name in names if kwargs and name in kwargs}
-
-
-def is_value_model(name: str) -> bool:
-    """Whether a name is the folder of a value model, and not of a base model."""
-    config = Path(name) / "config.json"
-    try:
-        found = json.loads(config.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return bool(found == MAVISValueConfig.model_type)
-
-
-def source_of(args: Any) -> dict[str, Any]:
-    """Those arguments of a model that say where it is from, which count for its tokenizer, too."""
-    given = args.model_init_kwargs or {}
-    return {name: given[name] for name in ("revision", "trust_remote_code") if name in given}
-
-
-def vllm_source_of(args: Any) -> dict[str, Any]:
-    """The same for `vllm.LLM`."""
-    source = source_of(args)
-    if "revision" in source:
-        source["tokenizer_revision"] = source["revision"]
-    return source
-
-
-def end_tokens(
-    base_model: str, tokenizer: PreTrainedTokenizerBase, revision: str = "main"
-) -> set[int]:
-    """Tokens that end a response: the generation config's, and the tokenizer's."""
-    try:
-        configured = GenerationConfig.from_pretrained(base_model, revision=revision).eos_token_id
-    except OSError:  # it has none
-        configured = None
-    ends = set(configured if isinstance(configured, list) else [configured])
-    ends = (ends | {tokenizer.eos_token_id}) - {None}
-    if not ends:
-        raise ValueError(
-            f"neither the tokenizer nor the generation config of {base_model!r} names an "
-            "end-of-sequence token; set the tokenizer's `eos_token`"
-        )
-    return ends
-
-
-def load_base_model(name: str, args: Any) -> PreTrainedModel:
-    """The base model, in the precision that it was saved in unless `args` says otherwise."""
-    return load_causal_lm(name, args.model_init_kwargs)
-
-
-def tree_collator(model: MAVISValueModel, eos_token_ids: set[int]) -> DataCollatorForTrees:
-    """The collator whose masks the model's backbone takes."""
-    attention = model.backbone.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise ValueError(
-            f"the backbone uses attn_implementation={attention!r}, which takes no mask of a "
-            "tree; set model_init_kwargs={'attn_implementation': 'sdpa'}"
-        )
-    return DataCollatorForTrees(
-        pad_token_id=min(eos_token_ids),  # any token will do, the mask hides it
-        additive_mask=attention == "eager",
-    )
 
 
 def check_can_be_added(config: MAVISValueConfig, args: MAVISConfig, added: list[str]) -> None:
@@ -1515,68 +1374,3 @@ def read_weights_in_every_process() -> None:
     """Turns off FSDP's reading of weights by one process for all, which leaves the others with
     nothing until training begins: every process samples and values before."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-
-
-def refuse_data_parallel(args: Any) -> None:
-    """Raises where `Trainer` would wrap the model in `nn.DataParallel`."""
-    if args.n_gpu > 1:
-        raise ValueError(
-            "value models are not trained with `nn.DataParallel`, which `Trainer` uses when "
-            "several GPUs are visible to a single process; use `accelerate launch`, or make "
-            "one visible with `CUDA_VISIBLE_DEVICES`"
-        )
-
-
-@torch.no_grad()
-def check_tree_attention(trainer: Any, sequences: list[dict[str, Any]]) -> None:
-    """
-    Compares a response's hidden state in its tree with that of the response alone: a backbone that
-    ignores the mask (a recurrent one, a sliding window) would be trained on nonsense.
-    """
-    sequence = max(sequences, key=lambda s: s["position_ids"][-1])
-    batch = trainer._prepare_inputs(trainer.data_collator([sequence]))
-    seen = batch["attention_mask"][0, 0, -1]  # the last token's branch
-    seen = seen == 0 if seen.is_floating_point() else seen
-    backbone = trainer.accelerator.unwrap_model(trainer.model).backbone
-    training = backbone.training
-    backbone.eval()
-    packed = backbone(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        use_cache=False,
-    ).last_hidden_state[0, -1]
-    alone = backbone(input_ids=batch["input_ids"][:, seen], use_cache=False)
-    alone = alone.last_hidden_state[0, -1]
-    backbone.train(training)
-    error = (packed - alone).norm() / alone.norm()
-    if not error < 0.05:
-        raise ValueError(
-            f"the backbone {trainer.value_config.text_config.model_type!r} does not follow "
-            f"the mask of a tree (relative error {error:.2g}), so it cannot be trained on "
-            "trees; use a backbone with full attention"
-        )
-
-
-def wrap_backbone(model: MAVISValueModel, peft_config: PeftConfig) -> Any:
-    """A PEFT model with the adapter in the backbone and the heads trained in full."""
-    try:
-        from peft import get_peft_model
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`peft_config` needs peft; pip install 'trimtab[trl]'", name="peft"
-        ) from error
-    config: Any = copy.deepcopy(peft_config)
-    config.task_type = None  # TRL's is that of a language model, which generates
-    heads = {name for name, _ in model.named_children() if name != "backbone"}
-    config.modules_to_save = sorted({*(config.modules_to_save or []), *heads})
-    if getattr(config, "target_modules", None) is None:
-        # PEFT knows no default for this model type.
-        config.target_modules = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, module in model.backbone.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            }
-        )
-    return get_peft_model(model, config)

@@ -20,7 +20,7 @@ from trimtab.plugins.adapters import load_value_models
 from trimtab.plugins.value_config import tokenizer_fingerprint
 from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import MAVISConfig, MAVISTrainer, read_rollouts
-from trimtab.trainers.mavis_trainer import ValueMetrics
+from trimtab.trainers.state_training import ValueMetrics
 
 from .conftest import END, VOCABULARY, make_model, make_tokenizer
 
