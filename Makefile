@@ -22,15 +22,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== all tests: 15 to 25 minutes on 2 idle cores; \`make test-fast\` starts no engine, no server"
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What starts no engine and no server, and trains next to nothing: 2.5 minutes of one core
 FAST := tests/test_docs.py \
 	$(patsubst %,tests/optimizers/test_%.py,congo recovery registry sensing step tune_config tune_kubernetes) \
-	$(patsubst %,tests/plugins/test_%.py,cli endpoint guidance guide heads params probe value_model) \
+	$(patsubst %,tests/plugins/test_%.py,cli endpoint guide heads params policy probe value_model) \
 	$(patsubst %,tests/trainers/test_%.py,candidates exports packing pareto rewards)
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(FAST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(FAST)
 
 # An hour or two: runs that are killed at random moments, and thousands of examples of each property
 test-long: $(STAMP)

@@ -137,7 +137,6 @@ def names(models, tmp_path, monkeypatch) -> dict[str, Any]:
         "inputs": tokenizer(["w5 w6 w7", "w8"], padding=True, return_tensors="pt"),
         "readability": readability,
         "brief": brief,
-        "polite": brief,
         "prompts": conversations("w5", "w6 w7", "w8"),
         "other_prompts": conversations("w9"),
         "load_dataset": load_dataset,
