@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from trimtab.plugins.cards import model_card, provenance
 from trimtab.plugins.engine import check_servable
@@ -273,6 +273,15 @@ class MAVISTrainer(Trainer):
                 "`model` must be the id or path of a base model, or a value model to train on, got "
                 f"{type(model).__name__}: of a loaded base model, give the id or path, since "
                 "rollouts are sampled from it by vLLM or in another process"
+            )
+        # Of the checkpoint in a `subfolder`, the folder itself need not be one.
+        beside = "subfolder" in (getattr(args, "model_init_kwargs", None) or {})
+        folder = Path(model) if isinstance(model, str) else None
+        if folder and folder.is_dir() and not beside and not (folder / CONFIG_NAME).exists():
+            raise ValueError(
+                f"`model` {model!r} is a folder without {CONFIG_NAME}, and so neither a base model "
+                "nor a value model: give the id or path of a base model, or the folder that "
+                "`save_model` wrote"
             )
         if args is not None and not isinstance(args, MAVISConfig):
             raise TypeError(

@@ -317,6 +317,10 @@ def test_the_folder_of_a_value_model_is_that_model(trained, tmp_path):
 def test_what_is_neither_a_value_model_nor_a_name_is_refused(base_model, tmp_path):
     with pytest.raises(TypeError, match="got LlamaForCausalLM: of a loaded base model, give the"):
         trainer(make_model(), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"is a folder without config\.json, and so neither a base"
+    ):
+        trainer(str(tmp_path), tmp_path)
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(TypeError, match="must be a MAVISConfig, got TrainingArguments"):
         MAVISTrainer(base_model, args, REWARDS, prompts(2))
