@@ -93,7 +93,6 @@ def run(folder, base_model, heads, speculation, jobs, draws):
         env=env,
         capture_output=True,
         text=True,
-        timeout=600,
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]

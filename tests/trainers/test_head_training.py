@@ -462,7 +462,7 @@ def test_two_processes_train_the_same_heads(base_model, tmp_path):
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
          "--main_process_port", "0", str(program)],
-        check=True, timeout=600, env={
+        check=True, env={
             **os.environ, "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
         },
