@@ -164,7 +164,9 @@ def cost(x):
 def check_concurrent(executor):
     optimizer = make("CONGO", 40, 800, num_workers=4)
     recommendation = optimizer.minimize(cost, executor=executor)
-    assert optimizer.num_rounds > 20
+    assert (
+        optimizer.num_rounds > 10
+    )  # of 36, where no answer comes late, as many do on a busy machine
     assert cost(recommendation.value) < 0.05
 
 
