@@ -335,7 +335,12 @@ def evaluate(arguments: list[str]) -> int:
         print(EVALUATE_HELP, end="")
         return 0
     with bad_input("evaluate"):
-        from .evaluation import EvaluateArguments, evaluate_value_model
+        from .evaluation import (
+            EvaluateArguments,
+            Refused,
+            check_arguments,
+            evaluate_value_model,
+        )
 
         models = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
         if len(models) not in (0, 2):
@@ -348,8 +353,13 @@ def evaluate(arguments: list[str]) -> int:
                 f"dataset_name: {args.dataset_name!r} has no column 'prompt', it has "
                 f"{rows.column_names}"
             )
-        reward_funcs = [load_reward_func(spec, (".", folder)) for spec in args.reward_funcs]
-        files = evaluate_value_model(args, list(rows["prompt"]), dict(reward_funcs))
+        reward_funcs = dict(load_reward_func(spec, (".", folder)) for spec in args.reward_funcs)
+        config = check_arguments(args, list(reward_funcs))
+    try:
+        files = evaluate_value_model(args, config, list(rows["prompt"]), reward_funcs)
+    except Refused:
+        with bad_input("evaluate"):
+            raise
     print(*files, sep="\n")
     return 0
 

@@ -127,6 +127,10 @@ class EvaluateArguments:
             raise ValueError(f"`betas` must be different numbers above 0, got {self.betas}")
 
 
+class Refused(ValueError):
+    """What is asked for cannot be sampled; the message says what to change."""
+
+
 class GuidedServerSampler(ServerSampler):
     """A [`ServerSampler`] of a server that guides, whose responses come without log-ratios."""
 
@@ -147,7 +151,7 @@ class GuidedServerSampler(ServerSampler):
         try:
             return asyncio.run(self._sample(list(zip(prefixes, lengths, seeds))))
         except BadRequestError as error:
-            raise ValueError(f"vllm_server_base_url: the server refuses, {error}") from error
+            raise Refused(f"vllm_server_base_url: the server refuses, {error}") from error
 
 
 def check_server(url: str, objectives: Sequence[str], config: MAVISValueConfig) -> None:
@@ -233,7 +237,7 @@ class Answers:
                     init_kwargs=args.vllm_init_kwargs,  # type: ignore[arg-type]
                 )
             except ModuleNotFoundError as error:
-                raise ValueError(str(error)) from error  # what to install, or to set
+                raise Refused(str(error)) from error  # what to install, or to set
         return TransformersSampler(*of, value_models=[args.value_model])
 
     def respond(
@@ -260,25 +264,12 @@ class Answers:
         ]
 
 
-def evaluate_value_model(
-    args: EvaluateArguments, prompts: Sequence[Any], reward_funcs: Mapping[str, Any]
-) -> list[Path]:
+def check_arguments(args: EvaluateArguments, objectives: Sequence[str]) -> MAVISValueConfig:
     """
-    Answers prompts under a grid of weights, rewards the answers and reports the front.
-
-    Args:
-        args ([`EvaluateArguments`]):
-            What to sample, and where to write.
-        prompts (`list`):
-            Strings, or conversations.
-        reward_funcs (`dict[str, Callable | str]`):
-            A reward function, or reward model id, for every objective that is weighed.
-
-    Returns:
-        `list[Path]`: The files of the report.
+    The value model's configuration, which has the `objectives` that are weighed, as has the server
+    if there is one. Raises `ValueError` if not.
     """
     config = load_config(args.value_model)
-    objectives = list(reward_funcs)
     if unknown := sorted(set(objectives) - set(config.objectives or ())):
         raise ValueError(
             f"reward_funcs: {unknown[0]!r} is no objective of {args.value_model!r}, which has "
@@ -286,6 +277,32 @@ def evaluate_value_model(
         )
     if args.vllm_server_base_url:
         check_server(args.vllm_server_base_url, objectives, config)
+    return config
+
+
+def evaluate_value_model(
+    args: EvaluateArguments,
+    config: MAVISValueConfig,
+    prompts: Sequence[Any],
+    reward_funcs: Mapping[str, Any],
+) -> list[Path]:
+    """
+    Answers prompts under a grid of weights, rewards the answers and reports the front.
+
+    Args:
+        args ([`EvaluateArguments`]):
+            What to sample, and where to write.
+        config ([`MAVISValueConfig`]):
+            Of [`check_arguments`].
+        prompts (`list`):
+            Strings, or conversations.
+        reward_funcs (`dict[str, Callable | str]`):
+            A reward function, or reward model id, for every objective that is weighed.
+
+    Returns:
+        `list[Path]`: The files of the report. Raises [`Refused`] where nothing can be sampled.
+    """
+    objectives = list(reward_funcs)
     answers = Answers(args, config, prompts)
     # All that changes what is sampled, or what is known of it: others' responses are not reused.
     asked = {

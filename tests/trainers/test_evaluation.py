@@ -26,6 +26,10 @@ def odd(completion_ids, **kwargs):
 
 def early(completions, **kwargs):
     return [float(sum(word < "e" for word in c[0]["content"].split())) for c in completions]
+
+
+def broken(completions, **kwargs):
+    return [1.0]
 """
 REWARD_FUNCS = ["sweet=evaluate_rewards:odd", "sour=evaluate_rewards:early"]
 
@@ -214,6 +218,12 @@ def test_what_cannot_be_evaluated_is_named(
     assert said and message in error and "Traceback" not in error
 
 
+def test_what_fails_while_it_works_keeps_its_trace(folder, base_model, value_model):
+    """The command shortens what its caller can mend in the arguments, and nothing else."""
+    with pytest.raises(ValueError, match="'sweet' returned 1"):
+        run(base_model, value_model, "--reward_funcs", "sweet=evaluate_rewards:broken")
+
+
 def test_without_vllm_it_says_what_to_do(folder, base_model, value_model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert run(base_model, value_model, "--reward_funcs", *REWARD_FUNCS, use_vllm="true") == 2
@@ -231,7 +241,7 @@ def test_models_are_given_before_flags_or_in_the_yaml_file(
         f"dataset_name: prompts.jsonl\nreward_funcs: [{REWARD_FUNCS[0]}]\nbetas: [1, 2]\n"
     )
     assert main(["evaluate", "--config", "evaluate.yaml", "--seeds", "3"]) == 0
-    ((args, prompts, reward_funcs),) = asked
+    ((args, _, prompts, reward_funcs),) = asked
     assert (args.value_model, args.betas, args.seeds) == (str(value_model), [1, 2], 3)
     assert len(prompts) == 4 and list(reward_funcs) == ["sweet"]
     with pytest.raises(SystemExit):
