@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +27,17 @@ settings.load_profile("short")
 VOCAB_SIZE = 96
 EOS = 2
 WORDS = [f"w{i}" for i in range(3, VOCAB_SIZE)]
+
+
+def wait_until_up(process: subprocess.Popen, url: str, log: Path) -> None:
+    """Waits for a server, which writes to `log`; pytest's own limit catches a hang."""
+    while True:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(1)
 
 
 def make_tokenizer(words: list[str] = WORDS):

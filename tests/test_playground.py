@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ import torch
 
 pytest.importorskip("gradio")
 from benchmarks.playground import chromium, playground, wait_for
+from tests.conftest import wait_until_up
 from trimtab.__main__ import main
 from trimtab.playground import as_curl, as_python, ask, show, told_apart, xargs
 from trimtab.plugins.client import Server, find_server
@@ -199,8 +199,7 @@ def server(base_model, value_model, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "vllm.log"
     process, port = start(base_model, {"value_models": [str(value_model)], "beta": 3}, log)
     try:
-        health = f"http://127.0.0.1:{port}/health"
-        wait_for(lambda: urllib.request.urlopen(health, timeout=5), process)
+        wait_until_up(process, f"http://127.0.0.1:{port}", log)
         yield SimpleNamespace(process=process, url=f"http://127.0.0.1:{port}/v1")
     finally:
         process.terminate()

@@ -8,8 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import httpx
@@ -19,6 +17,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from tests.conftest import wait_until_up
 from tests.reference import Reference
 
 ROOT = Path(__file__).parents[1]
@@ -80,13 +79,7 @@ def client(smollm2, quality, tmp_path_factory):
     config = {"value_models": {"taste": str(quality)}, "beta": BETA, "top_k": TOP_K}
     server, port = start(smollm2, config, log)
     try:
-        while True:  # pytest's own limit catches a hang
-            assert server.poll() is None, log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(1)
+        wait_until_up(server, f"http://127.0.0.1:{port}", log)
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=1800)
     finally:
         server.terminate()

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ pytest.importorskip("vllm")
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import EOS, VOCAB_SIZE
+from tests.conftest import EOS, VOCAB_SIZE, wait_until_up
 from tests.plugins.test_vllm import sampling, v1_processor
 from tests.reference import Reference
 from tests.test_serve import free_port
@@ -70,13 +69,7 @@ def server(request, base_model, value_model, heads, tmp_path_factory):
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
     try:
-        while True:  # pytest's own limit catches a hang
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(1)
+        wait_until_up(process, f"http://127.0.0.1:{port}", log)
         yield request.param, f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

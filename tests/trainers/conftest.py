@@ -1,13 +1,22 @@
 """A tiny base model with a word tokenizer, made on the fly. Its padding token is its end token."""
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 WORDS = ["good", "bad", "red", "blue", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
 VOCABULARY = ["<end>", "<unk>", "<user>", "<assistant>", *WORDS]
@@ -53,6 +62,32 @@ def make_model(**config):
     # Responses differ, and <end> is not too rare.
     model.lm_head.weight.data.mul_(3)
     return model.eval()
+
+
+def in_two_processes(program, **environment):
+    """Runs a program as `accelerate launch` does, with gloo."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", str(program),
+    ]  # fmt: skip
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run(command, check=True, env={**os.environ, **own, **environment})
+
+
+def guided_texts(base_model, folder, tokenizer, weights):
+    """200 responses to one prompt that a value model guides."""
+    model = AutoModelForCausalLM.from_pretrained(base_model).eval()
+    ids = torch.tensor([tokenizer("a b").input_ids]).expand(200, -1)
+    processor = MAVISLogitsProcessor(
+        [str(folder)], weights=weights, beta=4.0, model=model, tokenizer=tokenizer
+    )
+    torch.manual_seed(0)
+    out = model.generate(
+        ids, do_sample=True, top_k=18, max_new_tokens=12, logits_processor=[processor]
+    )
+    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from trimtab.plugins.transformers import MAVISLogitsProcessor
 from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import MAVISTrainer, read_rollouts, write_rollouts
 from trimtab.trainers.head_training import (
@@ -34,7 +33,7 @@ from trimtab.trainers.rewards import reward_statistics
 from trimtab.trainers.samplers import prompt_log_probs
 from trimtab.trainers.trees import MARGIN, Node, Tree
 
-from .conftest import END, VOCABULARY, WORDS, make_tokenizer
+from .conftest import END, VOCABULARY, WORDS, guided_texts, make_tokenizer
 from .test_head_training import FIELDS, goodness
 from .test_mavis_trainer import config, prompts, redness
 
@@ -82,18 +81,7 @@ def trainer(base_model, folder, data, eval_dataset=None, processing_class=None, 
 
 def mean_goodness(base_model, folder, tokenizer, weights):
     """Of responses that a value model guides."""
-    model = AutoModelForCausalLM.from_pretrained(base_model).eval()
-    ids = torch.tensor([tokenizer("a b").input_ids]).expand(200, -1)
-    processor = MAVISLogitsProcessor(
-        [str(folder)], weights=weights, beta=4.0, model=model, tokenizer=tokenizer
-    )
-    torch.manual_seed(0)
-    out = model.generate(
-        ids, do_sample=True, top_k=18, max_new_tokens=12, logits_processor=[processor]
-    )
-    return np.mean(
-        goodness(tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
-    )
+    return np.mean(goodness(guided_texts(base_model, folder, tokenizer, weights)))
 
 
 def mean_goodness_in_vllm(base_model, folder):

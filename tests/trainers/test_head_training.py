@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -18,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
-from trimtab.plugins.transformers import MAVISLogitsProcessor
 from trimtab.trainers import MAVISConfig
 from trimtab.trainers.head_training import (
     FOLDS,
@@ -46,7 +42,7 @@ from trimtab.trainers.hidden_states import (
 from trimtab.trainers.rollouts import read_rollouts
 from trimtab.trainers.trees import Tree, TreeConfig
 
-from .conftest import END, make_model
+from .conftest import END, guided_texts, in_two_processes, make_model
 from .test_mavis_trainer import prompts, redness, text_of, trainer
 from .test_rollouts import add_rewards, grow
 
@@ -368,18 +364,9 @@ KEPT = ("held_out/kl_efficiency/goodness", "held_out/kl_efficiency/badness")
 
 def test_trained_heads_guide(trained, base_model, tokenizer):
     _, folder = trained
-    model = AutoModelForCausalLM.from_pretrained(base_model).eval()
-    ids = torch.tensor([tokenizer("a b").input_ids]).expand(200, -1)
     means = {}
     for name, weights in (("none", {}), ("good", {"goodness": 1.0}), ("bad", {"badness": 1.0})):
-        processor = MAVISLogitsProcessor(
-            [str(folder)], weights=weights, beta=4.0, model=model, tokenizer=tokenizer
-        )
-        torch.manual_seed(0)
-        out = model.generate(
-            ids, do_sample=True, top_k=18, max_new_tokens=12, logits_processor=[processor]
-        )
-        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        texts = guided_texts(base_model, folder, tokenizer, weights)
         means[name] = np.mean(goodness(texts))
     assert means["good"] > means["none"] + 0.3
     assert means["bad"] < means["none"] - 0.3
@@ -458,15 +445,7 @@ def test_two_processes_train_the_same_heads(base_model, tmp_path):
             """
         )
     )
-    subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-         "--main_process_port", "0", str(program)],
-        check=True, env={
-            **os.environ, "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
-        },
-    )  # fmt: skip
+    in_two_processes(program)
     ranks = [load_file(tmp_path / f"rank-{i}.safetensors") for i in range(2)]
     torch.testing.assert_close(*ranks, rtol=0, atol=0)
     saved = MAVISValueModel.load(str(tmp_path / "two"))
@@ -691,16 +670,7 @@ def test_an_added_objective_guides_and_the_table_is_that_of_all(base_model, toke
 
 def share_of(base_model, folder, tokenizer, word, weights):
     """Of responses that have a word."""
-    model = AutoModelForCausalLM.from_pretrained(base_model).eval()
-    ids = torch.tensor([tokenizer("a b").input_ids]).expand(200, -1)
-    processor = MAVISLogitsProcessor(
-        [str(folder)], weights=weights, beta=4.0, model=model, tokenizer=tokenizer
-    )
-    torch.manual_seed(0)
-    out = model.generate(
-        ids, do_sample=True, top_k=18, max_new_tokens=12, logits_processor=[processor]
-    )
-    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    texts = guided_texts(base_model, folder, tokenizer, weights)
     return np.mean([word in text for text in texts])
 
 

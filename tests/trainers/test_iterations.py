@@ -24,6 +24,7 @@ from trimtab.trainers import read_rollouts
 from trimtab.trainers.iterations import PolicyHistory
 from trimtab.trainers.trees import Node, Tree
 
+from .conftest import in_two_processes
 from .test_mavis_trainer import REWARDS, config, goodness, prompts, trainer
 from .test_rollouts import same
 
@@ -355,15 +356,7 @@ def test_two_processes_share_the_work(base_model, tmp_path):
             """
         )
     )
-    subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-         "--main_process_port", "0", str(program)],
-        check=True, env={
-            **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-        },
-    )  # fmt: skip
+    in_two_processes(program, ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     one = trainer(
         base_model, tmp_path / "one", eval_dataset=prompts(6, 3), rollout_batch_size=2, **FIELDS
     )

@@ -1,8 +1,5 @@
 """Responses that are there already, learnt from by two processes of `accelerate launch`."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -14,6 +11,7 @@ from trimtab.plugins import heads
 from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import read_rollouts
 
+from .conftest import in_two_processes
 from .test_data import scored, trainer
 from .test_head_training import FIELDS
 from .test_rollouts import same
@@ -67,15 +65,7 @@ def test_two_processes_learn_what_one_does_and_one_writes(
             """
         )
     )
-    subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-         "--main_process_port", "0", str(program)],
-        check=True, env={
-            **os.environ, "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]),
-        },
-    )  # fmt: skip
+    in_two_processes(program)
     ranks = [load_file(tmp_path / f"rank-{i}.safetensors") for i in range(2)]
     torch.testing.assert_close(*ranks, rtol=0, atol=0)
     saved = MAVISValueModel.load(str(tmp_path / "rank-0"))

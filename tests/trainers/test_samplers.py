@@ -9,8 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from tests.conftest import wait_until_up
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.trainers import samplers
 from trimtab.trainers.rollouts import collect_rollouts, read_rollouts
@@ -467,14 +466,8 @@ def vllm_servers(model, folder, count):
                 command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
             servers.append((process, f"http://127.0.0.1:{port}"))
-        for process, url in servers:
-            while True:  # pytest's own limit catches a hang
-                assert process.poll() is None, (folder / "server-0.log").read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(1)
+        for number, (process, url) in enumerate(servers):
+            wait_until_up(process, url, folder / f"server-{number}.log")
         yield servers
     finally:
         for process, _ in servers:
