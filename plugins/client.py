@@ -37,7 +37,7 @@ def find_server(base_url: str) -> Server:
     """
     import httpx
 
-    url = f"{base_url.rstrip('/').removesuffix('/v1')}/v1"
+    url = api_url(base_url)
     try:
         with httpx.Client(headers={"Authorization": f"Bearer {api_key()}"}, timeout=30) as client:
             found = client.get(f"{url}/mavis/objectives")
@@ -57,6 +57,11 @@ def find_server(base_url: str) -> Server:
         said["defaults"],
         said["logprobs_mode"],
     )
+
+
+def api_url(base_url: str) -> str:
+    """A server's URL as OpenAI's clients take it, with the `/v1` that it may be given without."""
+    return f"{base_url.rstrip('/').removesuffix('/v1')}/v1"
 
 
 def api_key() -> str:

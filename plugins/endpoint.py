@@ -47,7 +47,6 @@ class MAVISEndpoint:
     def __init__(self) -> None:
         self.serving: Serving | None = None  # None where the server has no guidance
         self.vllm_config: VllmConfig | None = None
-        self.logprobs_mode: str | None = None  # says whether they are the base model's
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_api_route("/v1/mavis/objectives", self.objectives, methods=["GET"])
@@ -62,13 +61,14 @@ class MAVISEndpoint:
         if isinstance(config.additional_config, dict) and "mavis" in config.additional_config:
             self.serving = serving(config)
             start_at_zero(config)
-            self.logprobs_mode = config.model_config.logprobs_mode
 
     async def objectives(self) -> JSONResponse:
         """The objectives that this server guides by, with their defaults and origin."""
-        if self.serving is None:
+        if self.serving is None or self.vllm_config is None:
             return _error("this server has no guidance: --additional-config has no 'mavis'", 404)
-        return JSONResponse({**describe(self.serving), "logprobs_mode": self.logprobs_mode})
+        # Which says whether log-probabilities are the base model's
+        mode = self.vllm_config.model_config.logprobs_mode
+        return JSONResponse({**describe(self.serving), "logprobs_mode": mode})
 
 
 def describe(found: Serving) -> dict[str, Any]:

@@ -225,8 +225,8 @@ class Answers:
         args = self.args
         of = (args.model_name_or_path, self.tree_config, self.ends)
         if args.vllm_server_base_url:
-            base = f"{args.vllm_server_base_url.rstrip('/').removesuffix('/v1')}/v1"
-            return GuidedServerSampler(args.model_name_or_path, base, *of[1:])
+            url = args.vllm_server_base_url
+            return GuidedServerSampler(args.model_name_or_path, url, *of[1:])
         if args.use_vllm:
             longest = max(map(len, self.prompt_ids)) + args.max_completion_length
             try:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.utils import logging
 
 from trimtab.plugins.adapters import load_value_models
-from trimtab.plugins.client import api_key
+from trimtab.plugins.client import api_key, api_url
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ class ServerSampler:
         self.servers: dict[str, str] = {}  # the name that each calls the model by
         failures: dict[str, Exception] = {}
         for given in [base_urls] if isinstance(base_urls, str) else base_urls:
-            url = f"{given.rstrip('/').removesuffix('/v1')}/v1"
+            url = api_url(given)
             try:
                 self.servers[url] = self._served(url, reference)
             except APIError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +29,8 @@ def client(config):
     endpoint.attach_router(app)
     if config is not None:
         endpoint.serving = _serving(json.dumps(config))
+        model_config = SimpleNamespace(logprobs_mode="raw_logprobs")
+        endpoint.vllm_config = SimpleNamespace(model_config=model_config)
     return TestClient(app)
 
 
@@ -112,5 +115,6 @@ def test_the_objectives_are_listed(config, names):
     assert found["objectives"][0]["value_model"] == config["value_models"][0]
     assert found["defaults"]["beta"] == 2.0 and found["max_top_k"] == 64
     assert {"trimtab", "vllm"} <= found["versions"].keys()
+    assert found["logprobs_mode"] == "raw_logprobs"
     none = client(None).get("/v1/mavis/objectives")
     assert none.status_code == 404 and "has no guidance" in none.json()["error"]["message"]
