@@ -17,7 +17,6 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from tests.conftest import wait_until_up
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.trainers import samplers
 from trimtab.trainers.rollouts import collect_rollouts, read_rollouts
@@ -449,6 +448,8 @@ def test_rollouts_over_two_real_servers_survive_the_death_of_one(
 @contextmanager
 def vllm_servers(model, folder, count):
     """The processes and URLs of so many `vllm serve`."""
+    from tests.conftest import wait_until_up  # programs that import this file lack it
+
     servers = []
     try:
         for number in range(count):
