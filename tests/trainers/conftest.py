@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -18,6 +19,7 @@ from transformers import (
 
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
+ROOT = Path(__file__).parents[2]  # where programs find `tests`
 WORDS = ["good", "bad", "red", "blue", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
 VOCABULARY = ["<end>", "<unk>", "<user>", "<assistant>", *WORDS]
 END = 0
@@ -71,7 +73,7 @@ def in_two_processes(program, **environment):
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "0", str(program),
     ]  # fmt: skip
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run(command, check=True, env={**os.environ, **own, **environment})
 

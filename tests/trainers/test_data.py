@@ -90,8 +90,8 @@ def mean_goodness_in_vllm(base_model, folder):
         import json
         import numpy as np
         from vllm import LLM, SamplingParams
-        from trainers.conftest import make_tokenizer
-        from trainers.test_head_training import goodness
+        from tests.trainers.conftest import make_tokenizer
+        from tests.trainers.test_head_training import goodness
         llm = LLM(
             {str(base_model)!r}, dtype="float32", enforce_eager=True, max_model_len=64, seed=0,
             logits_processors=["trimtab.plugins.vllm:MAVISLogitsProcessor"],

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +21,7 @@ from trimtab.trainers.fingerprints import (
 )
 from trimtab.trainers.rewards import ClassifierReward
 
-from .conftest import make_model, make_tokenizer
-
-TESTS = Path(__file__).parents[1]
+from .conftest import ROOT, make_model, make_tokenizer
 
 # Every line computes something else than the others, but those of equal letters.
 SHARED = """
@@ -196,7 +193,7 @@ def identities(folder, shared=SHARED, deeper="factor = 1\n", seed="0"):
     script = SCRIPT.format(folder=str(folder), functions=FUNCTIONS)
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
     made = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=TESTS
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT
     )
     assert made.returncode == 0, made.stderr[-3000:]
     return dict(zip(FUNCTIONS, json.loads(made.stdout)))

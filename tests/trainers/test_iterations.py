@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,11 +23,10 @@ from trimtab.trainers import read_rollouts
 from trimtab.trainers.iterations import PolicyHistory
 from trimtab.trainers.trees import Node, Tree
 
-from .conftest import in_two_processes
+from .conftest import ROOT, in_two_processes
 from .test_mavis_trainer import REWARDS, config, goodness, prompts, trainer
 from .test_rollouts import same
 
-TESTS = Path(__file__).parents[1]
 FIELDS = {
     "num_iterations": 2,
     "beta": 2.0,
@@ -194,7 +192,7 @@ def script(base_model, folder, extra=""):
     return textwrap.dedent(
         f"""
         import time
-        from trainers.test_iterations import FIELDS, prompts, trainer
+        from tests.trainers.test_iterations import FIELDS, prompts, trainer
         from trimtab.trainers import rollouts, mavis_trainer
         {extra}
         made = trainer({base_model!r}, {str(folder)!r}, eval_dataset=prompts(6, 3),
@@ -208,7 +206,7 @@ def script(base_model, folder, extra=""):
 def run(base_model, folder, extra=""):
     return subprocess.Popen(
         [sys.executable, "-c", script(base_model, folder, extra)],
-        cwd=TESTS, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL,
+        cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -341,10 +339,8 @@ def test_two_processes_share_the_work(base_model, tmp_path):
     program.write_text(
         textwrap.dedent(
             f"""
-            import sys
-            sys.path.insert(0, {str(TESTS)!r})
             from safetensors.torch import save_file
-            from trainers.test_iterations import FIELDS, prompts, trainer
+            from tests.trainers.test_iterations import FIELDS, prompts, trainer
             made = trainer({base_model!r}, {str(tmp_path / "two")!r}, eval_dataset=prompts(6, 3),
                            rollout_batch_size=2, per_device_train_batch_size=2, **FIELDS)
             assert made.accelerator.num_processes == 2

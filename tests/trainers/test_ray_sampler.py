@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -13,10 +12,9 @@ from trimtab.trainers import mavis_config, mavis_trainer
 from trimtab.trainers.ray_sampler import RaySampler
 from trimtab.trainers.samplers import TransformersSampler, VLLMSampler
 
+from .conftest import ROOT
 from .test_mavis_trainer import config, prompts, trainer
 from .test_samplers import heads  # noqa: F401
-
-TESTS = Path(__file__).parents[1]  # where subprocesses find this module
 
 
 @pytest.mark.parametrize(
@@ -64,11 +62,11 @@ def test_every_iteration_samples_in_the_workers(base_model, tmp_path, monkeypatc
 def run(script):
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=TESTS,
+        cwd=ROOT,
         env={
             **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
         text=True,
@@ -89,9 +87,9 @@ def test_two_workers_of_which_one_is_killed_sample_the_trees_of_one_process(
         import os, signal
         from pathlib import Path
         import pytest, ray
-        from trainers.conftest import END, VOCABULARY, make_tokenizer
-        from trainers.test_rollouts import same
-        from trainers.test_samplers import BETA, GUIDED, check_guided
+        from tests.trainers.conftest import END, VOCABULARY, make_tokenizer
+        from tests.trainers.test_rollouts import same
+        from tests.trainers.test_samplers import BETA, GUIDED, check_guided
         from trimtab.trainers import ray_sampler
         from trimtab.trainers.ray_sampler import RaySampler
         from trimtab.trainers.rollouts import collect_rollouts, read_rollouts

@@ -4,7 +4,6 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,8 @@ from trimtab.trainers.rollouts import collect_rollouts, grow_trees, read_rollout
 from trimtab.trainers.samplers import Piece
 from trimtab.trainers.trees import Node, Tree, TreeConfig
 
-from .conftest import END
+from .conftest import END, ROOT
 
-TESTS = Path(__file__).parents[1]  # where subprocesses find this module
 PROMPTS = [f"a {word}" for word in "abcdefg"]
 
 
@@ -319,8 +317,8 @@ def test_killed_collection_resumes_without_duplicate_or_loss(tmp_path, tokenizer
     script = textwrap.dedent(
         f"""
         import time
-        from trainers.conftest import make_tokenizer
-        from trainers.test_rollouts import CoinSampler, collect
+        from tests.trainers.conftest import make_tokenizer
+        from tests.trainers.test_rollouts import CoinSampler, collect
         class Slow(CoinSampler):
             def __call__(self, *args):
                 time.sleep(0.3)
@@ -328,7 +326,7 @@ def test_killed_collection_resumes_without_duplicate_or_loss(tmp_path, tokenizer
         collect({str(tmp_path / "killed")!r}, make_tokenizer(), Slow())
         """
     )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=TESTS, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "trees-00001.parquet").exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -18,11 +18,10 @@ from trimtab.plugins.value_model import MAVISValueModel
 from trimtab.trainers import read_rollouts
 from trimtab.trainers.run_state import checkpoint_problem, checkpoints
 
-from .conftest import make_model, make_tokenizer
+from .conftest import ROOT, make_model, make_tokenizer
 from .test_mavis_trainer import prompts, trainer
 from .test_rollouts import same
 
-TESTS = Path(__file__).parents[1]
 FIELDS = {
     "num_iterations": 2, "beta": 2.0, "top_k": 8, "layers": 2, "root_children": 2,
     "num_train_epochs": 2, "max_completion_length": 8, "per_device_train_batch_size": 2,
@@ -375,7 +374,7 @@ def test_only_the_main_process_saves(base_model, tmp_path):
 KILLS = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-from trainers.test_run_state import SINGLE, data, run
+from tests.trainers.test_run_state import SINGLE, data, run
 import torch
 from safetensors.torch import save_file
 
@@ -473,8 +472,8 @@ SERVED = (
     KILLS
     + """
 from contextlib import ExitStack, suppress
-from trainers.test_rollouts import same
-from trainers.test_samplers import vllm_servers
+from tests.trainers.test_rollouts import same
+from tests.trainers.test_samplers import vllm_servers
 from trimtab.trainers import read_rollouts, samplers
 
 samplers.SERVER_RETRIES = 0
@@ -533,7 +532,7 @@ def killed(program, base_model, folder, kills, seed=0, **more):
     """What a program that kills has printed."""
     script = program.format(root=str(folder), base=base_model, kills=kills, seed=seed, **more)
     made = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=TESTS,
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert made.returncode == 0, made.stderr[-3000:]

@@ -10,13 +10,13 @@ import sys
 import textwrap
 import threading
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
+from tests.conftest import wait_until_up
 from trimtab.plugins import MAVISValueHeads, MAVISValueModel
 from trimtab.trainers import samplers
 from trimtab.trainers.rollouts import collect_rollouts, read_rollouts
@@ -29,11 +29,10 @@ from trimtab.trainers.samplers import (
 )
 from trimtab.trainers.trees import TreeConfig
 
-from .conftest import END, VOCABULARY, make_model, make_tokenizer
+from .conftest import END, ROOT, VOCABULARY, make_model, make_tokenizer
 from .test_mavis_trainer import trainer
 from .test_rollouts import same
 
-TESTS = Path(__file__).parents[1]  # where subprocesses find this module
 GUIDED = TreeConfig(top_k=5, temperature=0.7)
 WEIGHTS, BETA = {"sweet": 1.0, "sour": -0.5}, 2.0
 
@@ -228,8 +227,8 @@ def test_vllm_samples_the_base_model(base_model, tmp_path):
     base_model = str(tmp_path / "base")
     script = textwrap.dedent(
         f"""
-        from trainers.conftest import END, make_model
-        from trainers.test_samplers import check_continuations, check_frequencies
+        from tests.trainers.conftest import END, make_model
+        from tests.trainers.test_samplers import check_continuations, check_frequencies
         from trimtab.trainers.rollouts import grow_trees
         from trimtab.trainers.trees import TreeConfig
         from trimtab.trainers.samplers import VLLMSampler
@@ -255,7 +254,7 @@ def test_vllm_samples_the_base_model(base_model, tmp_path):
     )
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(
-        [sys.executable, "-c", script], cwd=TESTS, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
 
@@ -263,7 +262,7 @@ def test_vllm_samples_the_base_model(base_model, tmp_path):
 def run(script):
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=TESTS,
+        cwd=ROOT,
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -276,8 +275,8 @@ def test_vllm_samples_the_guided_policy(base_model, value_model, heads):
     run(
         f"""
         import os
-        from trainers.conftest import END
-        from trainers.test_samplers import BETA, GUIDED, check_guided
+        from tests.trainers.conftest import END
+        from tests.trainers.test_samplers import BETA, GUIDED, check_guided
         from trimtab.trainers.samplers import VLLMSampler
         for folder in {[value_model, heads]!r}:  # an engine for every iteration
             sampler = VLLMSampler(
@@ -448,8 +447,6 @@ def test_rollouts_over_two_real_servers_survive_the_death_of_one(
 @contextmanager
 def vllm_servers(model, folder, count):
     """The processes and URLs of so many `vllm serve`."""
-    from tests.conftest import wait_until_up  # programs that import this file lack it
-
     servers = []
     try:
         for number in range(count):
