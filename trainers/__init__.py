@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         evaluate,
         hypervolume,
         judge_points,
-        pareto_front,
         simplex_weights,
         sweep,
     )
@@ -38,14 +37,23 @@ _MODULES = {
     "evaluate": "pareto",
     "hypervolume": "pareto",
     "judge_points": "pareto",
-    "pareto_front": "pareto",
     "read_rollouts": "rollouts",
     "simplex_weights": "pareto",
     "sweep": "pareto",
     "write_report": "pareto_report",
     "write_rollouts": "data",
 }
-_EXTRAS = {"accelerate", "datasets", "peft", "pyarrow", "torch", "tqdm", "transformers", "trl"}
+_EXTRAS = {
+    "accelerate",
+    "datasets",
+    "moocore",
+    "peft",
+    "pyarrow",
+    "torch",
+    "tqdm",
+    "transformers",
+    "trl",
+}
 
 __all__ = [
     "MAVISConfig",
@@ -59,7 +67,6 @@ __all__ = [
     "evaluate",
     "hypervolume",
     "judge_points",
-    "pareto_front",
     "read_rollouts",
     "simplex_weights",
     "sweep",

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import moocore
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -165,29 +167,9 @@ def simplex_weights(num_objectives: int, steps: int) -> np.ndarray:
     return (np.diff(edges, axis=1) - 1)[::-1] / steps
 
 
-def pareto_front(points: np.ndarray) -> np.ndarray:
-    """
-    Which points no other point dominates: is at least as good in all objectives, better in one.
-
-    Args:
-        points (`np.ndarray`):
-            `[n, d]`, more is better.
-
-    Returns:
-        `np.ndarray`: `[n]` bool.
-    """
-    no_worse = (points[:, None] >= points[None]).all(-1)
-    better = (points[:, None] > points[None]).any(-1)
-    return np.logical_not((no_worse & better).any(0))
-
-
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """
-    Volume that the points dominate above a reference, exact for any number of objectives.
-
-    By slices along the last objective: between two neighbouring heights the slice is the
-    hypervolume of the higher points in the other objectives. `n ** (d - 2)` operations on arrays of
-    all leading axes, so a bootstrap costs little more than one set of points.
+    Volume that the points dominate above a reference, of many sets at once, by moocore.
 
     Args:
         points (`np.ndarray`):
@@ -204,25 +186,11 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
             "`points` must be [..., n, d] for a `reference` of [d], got the shapes "
             f"{list(points.shape)} and {list(reference.shape)}"
         )
-    if not points.shape[-2]:
-        return np.zeros(points.shape[:-2])
     if np.isnan(points).any():
         raise ValueError("`points` contains NaN: leave out what was not measured")
-    return _volume(np.maximum(points - reference, 0.0))
-
-
-def _volume(corners: np.ndarray) -> np.ndarray:
-    """Volume of the union of the boxes between the origin and each corner, `[..., n, d]`."""
-    if corners.shape[-1] == 1:
-        return corners[..., 0].max(-1)
-    order = np.argsort(-corners[..., -1], axis=-1)
-    corners = np.take_along_axis(corners, order[..., None], axis=-2)
-    height, rest = corners[..., -1], corners[..., :-1]
-    thickness = height - np.concatenate([height[..., 1:], np.zeros_like(height[..., :1])], axis=-1)
-    if rest.shape[-1] == 1:
-        return (np.maximum.accumulate(rest[..., 0], axis=-1) * thickness).sum(-1)
-    slices = (thickness[..., i] * _volume(rest[..., : i + 1, :]) for i in range(rest.shape[-2]))
-    return np.sum(list(slices), axis=0)
+    sets = points.reshape(math.prod(points.shape[:-2]), *points.shape[-2:])
+    volumes = [moocore.hypervolume(each, ref=reference, maximise=True) for each in sets]
+    return np.reshape(volumes, points.shape[:-2])
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -646,7 +614,8 @@ def _plane(
             if not np.isnan(stacked).any():
                 matched[budget][method] = np.median(hypervolume(stacked, reference), 0)
     center = np.array([np.median(gains[i][:, 0, columns], axis=0) for i in inside])
-    on_front = dict(zip(inside, pareto_front(center))) if inside else {}
+    best = moocore.is_nondominated(center, maximise=True, keep_weakly=True) if inside else ()
+    on_front = dict(zip(inside, best))
     result: dict[str, Any] = {
         "objectives": plane,
         "reference": -below,
