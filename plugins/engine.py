@@ -52,6 +52,22 @@ class ValueEngine:
         ValueError: A backbone cannot be cached, does not compute here what it computes in
             transformers, or is too short for `max_length`; or the store cannot hold one sequence of
             `max_length`.
+
+    Example:
+
+    ```python
+    >>> import numpy as np, torch
+    >>> from trimtab.plugins import MAVISValueModel, ValueEngine
+    >>> engine = ValueEngine([MAVISValueModel.load("STATE_MODEL")], num_slots=8, max_length=64)
+    >>> prefix, candidates = [5, 6, 7], torch.tensor([[8, 9]])
+    >>> values = engine.values(
+    ...     np.array([0]), np.array([len(prefix)]), torch.tensor(prefix[-1:]), candidates,
+    ...     history=lambda slot, start, stop: prefix[start:stop],
+    ... )
+    >>> values.shape  # [batch, k, objectives]
+    torch.Size([1, 2, 2])
+    >>> engine.release(0)
+    ```
     """
 
     def __init__(

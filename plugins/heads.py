@@ -63,6 +63,19 @@ class MAVISValueHeads(PreTrainedModel):
 
     Raises:
         ValueError: The configuration names no objective, or is of another head type.
+
+    Example:
+
+    ```python
+    >>> from trimtab.plugins import MAVISValueHeads, MAVISValueModel
+    >>> new = MAVISValueHeads.from_base_model(model, ["readability"], tokenizer=tokenizer)
+    >>> new.save_pretrained("new_heads")
+    >>> heads = MAVISValueModel.load("new_heads")
+    >>> hidden = model.base_model(**inputs).last_hidden_state[:, -1]
+    >>> candidates = model(**inputs).logits[:, -1].topk(40).indices
+    >>> heads.candidate_values(hidden, candidates).shape  # [batch, k, n_objectives]
+    torch.Size([2, 40, 1])
+    ```
     """
 
     config: MAVISValueConfig

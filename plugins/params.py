@@ -31,7 +31,8 @@ class GuidanceParams:
 
     Args:
         weights: One number per objective, in the server's order, -1e6 to 1e6.
-        beta: Strength of the guidance, 0 to 1e6, and no more times the sum of |weights|.
+        beta: Strength of the guidance, in nats per standard deviation of a reward, 0 to 1e6, and
+            no more times the sum of |weights|.
         top_k: Number of candidates at each step, 1 to 2**20.
         kl_budget: Most nats per step that guidance may move the distribution, 1e-6 to 1e6; None for
             no limit.
@@ -42,6 +43,19 @@ class GuidanceParams:
 
     Raises:
         ValueError: A field is no number or out of range, or a value is asked for without weights.
+
+    Example:
+
+    ```python
+    >>> from trimtab.plugins import GuidanceParams
+    >>> params = GuidanceParams(weights=(1.0, -0.5), beta=4.0, kl_budget=0.2)
+    >>> params.guides
+    True
+    >>> GuidanceParams(weights=(1.0, -0.5), beta=-4.0)
+    Traceback (most recent call last):
+        ...
+    ValueError: beta must be a number from 0 to 1e+06, got -4.0
+    ```
     """
 
     weights: tuple[float, ...]

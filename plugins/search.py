@@ -40,6 +40,17 @@ class SearchOutput:
             in standard deviations of its reward; NaN where it was not judged.
         log_probs: `[batch, n]` float32, of the response under the base model (beam search only).
         num_tokens: `[batch]` int64, tokens of all responses that were begun (best-of-N only).
+
+    Example:
+
+    ```python
+    >>> from trimtab.plugins import best_of_n
+    >>> asked = {"value_models": "VALUE_MODEL", "weights": {"readability": 1.0}}
+    >>> found = best_of_n(model, **inputs, **asked, n=4, max_new_tokens=8)
+    >>> best = [ranked[0] for ranked in found.sequences]
+    >>> found.scores.shape, found.values.shape
+    (torch.Size([2, 4]), torch.Size([2, 4, 2]))
+    ```
     """
 
     sequences: list[list[list[int]]]
@@ -111,11 +122,14 @@ def best_of_n(
 
     Example:
 
-        best = best_of_n(
-            model, **inputs, n=24, value_models=["heads"], weights={"helpful": 1.0},
-            keep={3: 10, 6: 8, 12: 6}, max_new_tokens=48, top_k=40,
-        )
-        tokenizer.batch_decode([ranked[0] for ranked in best.sequences])
+    ```python
+    >>> from trimtab.plugins import best_of_n
+    >>> found = best_of_n(
+    ...     model, **inputs, n=24, value_models="VALUE_MODEL", weights={"readability": 1.0},
+    ...     keep={3: 10, 6: 8, 12: 6}, max_new_tokens=48, top_k=40,
+    ... )
+    >>> texts = tokenizer.batch_decode([ranked[0] for ranked in found.sequences])
+    ```
     """
     _at_least_one("n", n)
     prompts = _prompts(input_ids, attention_mask)
@@ -228,7 +242,20 @@ def beam_search(
 
     Raises:
         ValueError: An argument is out of range, an objective is unknown, or a value model does not
-            fit.
+            fit or has no backbone.
+
+    Example:
+
+    ```python
+    >>> from trimtab.plugins import beam_search
+    >>> found = beam_search(
+    ...     model, **inputs, value_models="STATE_MODEL", weights={"readability": 1.0}, beta=4.0,
+    ...     num_beams=4, max_new_tokens=8,
+    ... )
+    >>> texts = tokenizer.batch_decode([ranked[0] for ranked in found.sequences])
+    >>> found.log_probs.shape  # [batch, num_beams]
+    torch.Size([2, 4])
+    ```
     """
     _at_least_one("num_beams", num_beams)
     _at_least_one("max_new_tokens", max_new_tokens)

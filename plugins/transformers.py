@@ -23,7 +23,8 @@ logger = logging.get_logger(__name__)
 
 
 class MAVISLogitsProcessor(LogitsProcessor):
-    """Tilts the next-token distribution of every sequence in the batch by its candidates' values.
+    """Tilts the next-token distribution of every sequence in the batch by its candidates' values:
+    `pi(a | s) ∝ pi_ref(a | s) * exp(beta * sum_i w_i Q_i(s, a))` (arXiv 2508.13415).
 
     Greedy search, sampling, beam search and assisted decoding all work: a row whose tokens are not
     last step's with one more is taken up from where they differ. One object serves any number of
@@ -33,7 +34,7 @@ class MAVISLogitsProcessor(LogitsProcessor):
     Args:
         value_models: Value models, or folders or hub ids of them; or just one.
         weights: Weight of each objective by name, absent ones 0; or a list in the models' order.
-        beta: Strength of the guidance.
+        beta: Strength of the guidance, in nats per standard deviation of a reward.
         top_k: Number of candidates at each step; by default the number the models were made for.
         kl_budget: Most nats per step that guidance may move the distribution, at temperature 1:
             `generate` applies its own afterwards, and a lower one moves it further.
@@ -52,8 +53,15 @@ class MAVISLogitsProcessor(LogitsProcessor):
 
     Example:
 
-        processor = MAVISLogitsProcessor(["value_model"], weights={"helpful": 1.0}, beta=2.0)
-        model.generate(**inputs, do_sample=True, top_k=0, logits_processor=[processor])
+    ```python
+    >>> from trimtab.plugins.transformers import MAVISLogitsProcessor
+    >>> weights = {"readability": 1.0, "positivity": 0.5}
+    >>> guide = MAVISLogitsProcessor("VALUE_MODEL", weights=weights, beta=4.0, model=model)
+    >>> output = model.generate(
+    ...     **inputs, do_sample=True, top_k=0, max_new_tokens=8, logits_processor=[guide]
+    ... )
+    >>> texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    ```
     """
 
     # Its rows are those of one `generate` call, not of requests that come and go.

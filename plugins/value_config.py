@@ -61,6 +61,17 @@ class MAVISValueConfig(PreTrainedConfig):
 
     Raises:
         ValueError: A field is missing or does not fit the others.
+
+    Example:
+
+    ```python
+    >>> from trimtab.plugins import MAVISValueConfig
+    >>> config = MAVISValueConfig.from_pretrained("VALUE_MODEL")
+    >>> config.head_type, config.objectives
+    ('hidden', ['readability', 'positivity'])
+    >>> config.reward_std  # what a value of 1 stands for
+    [1.0, 1.0]
+    ```
     """
 
     model_type = "mavis_value"

@@ -46,13 +46,27 @@ class MAVISValueOutput(ModelOutput):
 
 
 class MAVISValueModel(PreTrainedModel):
-    """A causal decoder with a value head: `V_i(s)` of every prefix, `Q_i(s, a)` of candidates.
+    """A causal decoder with a value head: `V_i(s)` of every prefix, `Q_i(s, a)` of candidates
+    (arXiv 2508.13415, section 4).
 
     Args:
         config: Its `backbone_config` and `objectives` must be set.
 
     Raises:
         ValueError: The configuration names no backbone or no objective.
+
+    Example:
+
+    ```python
+    >>> from trimtab.plugins import MAVISValueModel
+    >>> new = MAVISValueModel.from_base_model(
+    ...     model, ["readability"], num_hidden_layers=2, tokenizer=tokenizer
+    ... )
+    >>> new.save_pretrained("new_value_model")
+    >>> value_model = MAVISValueModel.load("new_value_model")
+    >>> value_model(**inputs).logits.shape  # [batch, length, n_objectives]
+    torch.Size([2, 3, 1])
+    ```
     """
 
     config: MAVISValueConfig
@@ -122,6 +136,12 @@ class MAVISValueModel(PreTrainedModel):
             candidates: `[batch, n, k]` int64, next tokens to value.
             candidate_positions: `[batch, n]` int64, index of the last token of the prefix that
                 the candidates follow; by default every index (`n = length`).
+
+        Returns:
+            `logits`, and `candidate_logits` where there are `candidates`, both float32.
+
+        Raises:
+            ValueError: The backbone's attention takes no mask of the candidates' own.
         """
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -160,7 +160,8 @@ class _Request:
 
 
 class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
-    """Tilts each request's next-token distribution by the values and weights that it asked for.
+    """Tilts each request's next-token distribution by the values and weights that it asked for:
+    `pi(a | s) ∝ pi_ref(a | s) * exp(beta * sum_i w_i Q_i(s, a))` (arXiv 2508.13415).
 
     Args:
         vllm_config: vLLM's configuration; its `additional_config["mavis"]` is ours.
@@ -174,6 +175,30 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     Attributes:
         failures: How often guidance failed within a step, by the kind of error, whose requests then
             went on unguided; and how many requests went unguided for a wrong argument, by its name.
+
+    Example:
+
+    A server, whose requests say `"vllm_xargs": {"mavis_weights": "readability=1"}`:
+
+    ```bash
+    vllm serve MODEL --logits-processors trimtab.plugins.vllm:MAVISLogitsProcessor \\
+        --additional-config '{"mavis": {"value_models": ["VALUE_MODEL"], "beta": 4}}'
+    ```
+
+    Or in a process:
+
+    <!-- not run: needs an engine; tests/plugins/test_vllm_heads.py makes one like it -->
+    ```python
+    >>> from vllm import LLM, SamplingParams
+    >>> from trimtab.plugins.vllm import MAVISLogitsProcessor
+    >>> llm = LLM(
+    ...     "MODEL",
+    ...     logits_processors=[MAVISLogitsProcessor],
+    ...     additional_config={"mavis": {"value_models": ["VALUE_MODEL"], "beta": 4.0}},
+    ... )
+    >>> asked = SamplingParams(extra_args={"mavis_weights": {"readability": 1.0}})
+    >>> outputs = llm.generate("Tell me about tea.", asked)
+    ```
     """
 
     guide_class: type[Guide] = Guide
