@@ -677,8 +677,21 @@ def write_rollouts(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         path (`str` or `Path`):
             Ends in `.jsonl`, an object on each line, or `.parquet`.
         rows (`Iterable[dict[str, Any]]`):
-            A `list` of these, a [`~datasets.Dataset`] or what makes them one by one. Raises
-            `ValueError` with the row that is no such thing.
+            A `list` of these, a [`~datasets.Dataset`] or what makes them one by one.
+
+    Raises:
+        ValueError: A row is no such thing, and the message has its number; there is none; or the
+            path ends otherwise.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import read_rollouts, write_rollouts
+    >>> response = {"prompt": "Tell me about tea.", "completion": " It is brewed.", "helpful": 0.7}
+    >>> write_rollouts("responses.parquet", [response])
+    >>> read_rollouts("responses.parquet")[0] == response
+    True
+    ```
     """
     path, found = Path(path), []
     _check_name(path)

@@ -159,6 +159,18 @@ class MAVISConfig(TrainingArguments):
     > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`; reward functions get all
     >   columns.
+
+    Raises:
+        ValueError: A parameter is out of range, or does not go with another.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import MAVISConfig
+    >>> args = MAVISConfig(output_dir="value_model", max_completion_length=48, layers=3)
+    >>> args.root_children * args.children ** (args.layers - 1)  # responses to a prompt
+    16
+    ```
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012

@@ -151,14 +151,18 @@ class MAVISTrainer(Trainer):
     >>> def brevity(completions, **kwargs):
     ...     return [-float(len(completion)) for completion in completions]
 
+    >>> prompts = Dataset.from_dict({"prompt": [f"Tell me about {n}" for n in range(20)]})
     >>> trainer = MAVISTrainer(
     ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     ...     args=MAVISConfig(output_dir="value-model", max_completion_length=32, layers=2),
     ...     reward_funcs={"brevity": brevity},
-    ...     train_dataset=Dataset.from_dict({"prompt": [f"Tell me about {n}" for n in range(16)]}),
+    ...     train_dataset=prompts.select(range(16)),
+    ...     eval_dataset=prompts.select(range(16, 20)),
     ... )
+    >>> trainer.collect_rollouts()  # `train` does it, too
     >>> trainer.train()
     >>> trainer.save_model()
+    >>> efficiency = trainer.evaluate()["eval_kl_efficiency/brevity"]
     ```
 
     Args:
@@ -231,6 +235,10 @@ class MAVISTrainer(Trainer):
             PEFT configuration used to wrap the backbone; the head is trained in full. Checkpoints
             hold the adapter, [`~MAVISTrainer.save_model`] writes the merged model unless
             `args.merge_adapter` is `False`.
+
+    Raises:
+        TypeError: `model` or `args` is of another kind.
+        ValueError: The arguments, the datasets or the reward functions do not fit together.
     """
 
     loss_is_scaled_for_ga = False
@@ -918,6 +926,13 @@ class MAVISTrainer(Trainer):
                 either, the model is trained anew.
             args, kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`], of the last iteration that was trained.
+
+        Raises:
+            ValueError: The checkpoint was made from something else, or is named with several
+                iterations.
         """
         several = self.args.num_iterations > 1
         resume = resume_from_checkpoint
@@ -1218,6 +1233,13 @@ class MAVISTrainer(Trainer):
         """
         Evaluates on the rollouts of the trainer's `eval_dataset`, or of the one of that name.
         Further arguments are those of [`~transformers.Trainer.evaluate`].
+
+        Returns:
+            `dict[str, float]`: `eval_loss` and the measures of every objective, such as
+            `eval_explained_variance/<objective>`.
+
+        Raises:
+            ValueError: `eval_dataset` is a dataset, of which there are no rollouts.
         """
         asked: Any = eval_dataset
         if not isinstance(eval_dataset, (str, type(None))):
@@ -1229,7 +1251,12 @@ class MAVISTrainer(Trainer):
         return super().evaluate(asked, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Not there: values are of rollouts, and `evaluate` compares them with rewards."""
+        """
+        Not there: values are of rollouts, and `evaluate` compares them with rewards.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(
             "a value model predicts values of prefixes, not of rows of a dataset: give prompts to "
             "the trainer as `eval_dataset` and call `evaluate()`, or call the saved model on "

@@ -46,6 +46,15 @@ class Response:
             Tokens sampled to get it. By default its own; best-of-N counts all N.
         seconds (`float`, *optional*):
             Time it took. By default its share of the time of its batch.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import Response
+    >>> response = Response("Tea is brewed.", token_ids=[8, 5, 9, 2], kl=0.7)
+    >>> response.cost
+    4
+    ```
     """
 
     text: str
@@ -84,6 +93,16 @@ class Policy:
         identity (`str`, *optional*, defaults to `""`):
             Tells stored responses from those of another version of the method, such as the
             fingerprint of its value model: what `respond` computes with is not looked at.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import Policy, Response
+    >>> def respond(prompts, weights, seed):
+    ...     count = 5 - round(4 * weights.get("brief", 0.0))  # stands for a model
+    ...     return [Response("tea " * count, token_ids=[7] * count, kl=0.1) for _ in prompts]
+    >>> policies = [Policy("unguided", respond, weights=[{}]), Policy("guided", respond)]
+    ```
     """
 
     method: str
@@ -115,6 +134,16 @@ class Point:
             The same by the held-out judges.
         kl_bound (`float`, *optional*):
             Of the [`Policy`].
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import Point, Response
+    >>> responses = [[Response("Tea.", [8, 2], kl=0.7), Response("A drink.", [5, 9, 2], kl=0.2)]]
+    >>> point = Point("guided", 4.0, {"brief": 1.0}, responses)
+    >>> point.kl(), point.kl_kind
+    (array([[0.7, 0.2]]), 'exact')
+    ```
     """
 
     method: str
@@ -156,6 +185,17 @@ def simplex_weights(num_objectives: int, steps: int) -> np.ndarray:
 
     Returns:
         `np.ndarray`: `[n, num_objectives]` float64, from all on the first to all on the last.
+
+    Raises:
+        ValueError: One of them is below 1.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import simplex_weights
+    >>> simplex_weights(2, steps=4).tolist()
+    [[1.0, 0.0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0.0, 1.0]]
+    ```
     """
     if num_objectives < 1 or steps < 1:
         raise ValueError(
@@ -179,6 +219,18 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
     Returns:
         `np.ndarray`: `[...]` float64.
+
+    Raises:
+        ValueError: The shapes do not fit, or a point is NaN.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from trimtab.trainers import hypervolume
+    >>> float(hypervolume(np.array([[2.0, 1.0], [1.0, 3.0]]), reference=np.zeros(2)))
+    4.0
+    ```
     """
     points, reference = np.asarray(points, float), np.asarray(reference, float)
     if points.ndim < 2 or points.shape[-1] != reference.size or not reference.size:
@@ -205,6 +257,14 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
     Returns:
         `float`: At most 1; 0 if no text has `n` words.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import distinct_n
+    >>> distinct_n(["tea is tea", "tea is a drink"], n=2)  # "tea is" twice
+    0.8
+    ```
     """
     words = [re.findall(r"\w+", text.lower()) for text in texts]
     grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
@@ -312,6 +372,24 @@ def sweep(
 
     Returns:
         `list[Point]`: In the order of the policies, then of the weights.
+
+    Raises:
+        ValueError: There is no prompt or seed, an objective is unknown, two points are one, a
+            policy does not return a response per prompt, or a reward function no number for each.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import sweep
+    >>> points = sweep(
+    ...     policies, prompts["prompt"], weights=[{"brief": 0.5}, {"brief": 1.0}],
+    ...     reward_funcs={"brief": brief}, folder="sweep", seeds=2,
+    ... )
+    >>> [(point.method, point.weights) for point in points]
+    [('unguided', {}), ('guided', {'brief': 0.5}), ('guided', {'brief': 1.0})]
+    >>> points[1].rewards["brief"].mean(axis=0)  # of each prompt
+    array([-3., -3., -3.])
+    ```
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -469,6 +547,22 @@ def evaluate(
         `dict[str, Any]`: `objectives`, `unguided` (mean and standard deviation of each reward),
         `points`, `planes`, `judged_planes` (the same by the held-out judges, where every objective
         has one), `judges` and `against`, ready for JSON.
+
+    Raises:
+        ValueError: `baseline` is the method of no point or of several, `against` of none, or
+            `planes` names an objective that is unknown.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import evaluate, sweep
+    >>> points = sweep(
+    ...     policies, prompts["prompt"], [{"brief": 1.0}], {"brief": brief}, folder="sweep"
+    ... )
+    >>> _, guided = evaluate(points, kl_budgets=[2.0])["points"]
+    >>> guided["gain"]["brief"]["value"], guided["kl"]["value"]
+    (4.0, 2.0)
+    ```
     """
     base = [point for point in points if point.method == baseline]
     if len(base) != 1:
@@ -705,7 +799,23 @@ def judge_points(
 
     Returns:
         `list[dict[str, Any]]`: `method`, `strength`, `objective`, and the win rate, ties half, with
-        its interval.
+        its 95 % interval: `value`, `low` and `high`.
+
+    Raises:
+        ValueError: `baseline` is the method of no point.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import PairwiseJudge, judge_points, sweep
+    >>> judge = PairwiseJudge("http://localhost:8000/v1", "my-judge", "judgements.jsonl")
+    >>> points = sweep(
+    ...     policies, prompts["prompt"], [{"brief": 1.0}], {"brief": brief}, folder="sweep"
+    ... )
+    >>> (row,) = judge_points(judge, {"brief": "is shorter"}, points, prompts["prompt"])
+    >>> row["method"], row["objective"], row["value"]
+    ('guided', 'brief', 1.0)
+    ```
     """
     base = next((point for point in points if point.method == baseline), None)
     if base is None:
@@ -755,12 +865,18 @@ class PairwiseJudge:
         max_retries (`int`, *optional*, defaults to `5`):
             Of a question, with growing pauses.
 
+    Raises:
+        ValueError: `concurrency` is below 1.
+
     Example:
 
     ```python
+    >>> from trimtab.trainers import PairwiseJudge
     >>> judge = PairwiseJudge("http://localhost:8000/v1", "my-judge", "judgements.jsonl")
-    >>> wins = judge.compare("is easier to read", prompts, guided, unguided)
-    >>> wins.mean()  # the win rate, ties half
+    >>> guided, unguided = ["A drink.", "Rails."], ["It is a drink.", "Steel."]
+    >>> wins = judge.compare("is shorter", ["What is tea?", "What are tracks?"], guided, unguided)
+    >>> float(wins.mean())  # the win rate: one won, one tied
+    0.75
     ```
     """
 
@@ -805,6 +921,12 @@ class PairwiseJudge:
 
         Returns:
             `np.ndarray`: `[n]` float64: 1 where `first` wins, 0 where it loses, 0.5 for a tie.
+
+        Raises:
+            ValueError: `prompts`, `first` and `second` are not of one length.
+            ModuleNotFoundError: openai is not installed.
+            openai.OpenAIError: The endpoint refuses, or fails `max_retries` times; answers that
+                came are kept.
         """
         if not len(prompts) == len(first) == len(second):
             raise ValueError(

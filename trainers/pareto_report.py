@@ -26,6 +26,17 @@ def write_report(result: Mapping[str, Any], path: str | Path, intro: str = "") -
 
     Returns:
         `list[Path]`: The four files.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import evaluate, sweep, write_report
+    >>> points = sweep(
+    ...     policies, prompts["prompt"], [{"brief": 1.0}], {"brief": brief}, folder="sweep"
+    ... )
+    >>> [path.name for path in write_report(evaluate(points), "report")]
+    ['report.json', 'report.md', 'report.png', 'report.html']
+    ```
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,8 +108,20 @@ def read_rollouts(folder: str | Path) -> Any:
 
     Returns:
         `list[Tree]` of a folder, in the order of their prompts; of a file, a [`~datasets.Dataset`]
-        for [`MAVISTrainer`] without `reward_funcs`. Raises `ValueError` with the file, the row and
-        the remedy where a file is damaged or has a row that is no response with scores.
+        for [`MAVISTrainer`] without `reward_funcs`.
+
+    Raises:
+        ValueError: A file is damaged, or has a row that is no response with scores. The message
+            has the file, the row and the remedy.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import read_rollouts
+    >>> trees = read_rollouts("VALUE_MODEL/rollouts/train")  # where `output_dir` was VALUE_MODEL
+    >>> sum(len(tree.leaves()) for tree in trees)  # responses
+    4
+    ```
     """
     if Path(folder).suffix in (".jsonl", ".parquet"):
         from .data import read_rollout_file

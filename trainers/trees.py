@@ -101,6 +101,17 @@ class Tree:
         rewards (`dict[str, np.ndarray]`):
             Reward of every objective, `[n_nodes]` float64 each, NaN at nodes that are not leaves,
             and at leaves that it does not apply to.
+
+    Example:
+
+    ```python
+    >>> from trimtab.trainers import read_rollouts
+    >>> tree = read_rollouts("VALUE_MODEL/rollouts/train")[0]
+    >>> tree.leaves(), tree.path(4), tree.response(4)
+    ([1, 2, 3, 4], [4], [10, 2])
+    >>> tree.values("readability")  # of the prompt, and after each response
+    array([2.5, 1. , 2. , 3. , 4. ])
+    ```
     """
 
     prompt_index: int
