@@ -55,6 +55,16 @@ class Round:
         perturbation: mean Euclidean length of the perturbations, in standardised space.
         step: Euclidean length of the step taken; 0 for a skipped round.
         skipped: why no step was taken, or an empty string.
+
+    Example:
+
+    ```python
+    >>> from trimtab.optimizers import CONGO
+    >>> optimizer = CONGO(parametrization=100, budget=50)
+    >>> recommendation = optimizer.minimize(lambda x: (x[0] - 1) ** 2 + (x[7] + 2) ** 2)
+    >>> list(optimizer.last_round.support)[:2]
+    ['x[7]', 'x[0]']
+    ```
     """
 
     number: int
@@ -989,11 +999,25 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
     Raises:
         ValueError: for an option out of its range.
 
-    Examples:
-        >>> import nevergrad as ng
-        >>> import trimtab.optimizers
-        >>> optimizer = ng.optimizers.registry["CONGO"](parametrization=100, budget=2000)
-        >>> recommendation = optimizer.minimize(lambda x: (x[0] - 1) ** 2 + (x[7] + 2) ** 2)
+    Example:
+
+    ```python
+    >>> import nevergrad as ng
+    >>> import trimtab.optimizers
+    >>> optimizer = ng.optimizers.registry["CONGO"](parametrization=100, budget=400)
+    >>> recommendation = optimizer.minimize(lambda x: (x[0] - 1) ** 2 + (x[7] + 2) ** 2)
+    >>> recommendation.value[[0, 7]].round(3)
+    array([ 1., -2.])
+    ```
+
+    With options, and driven from outside:
+
+    ```python
+    >>> from trimtab.optimizers import ParametrizedCONGO
+    >>> optimizer = ParametrizedCONGO(max_regression=0.5)(parametrization=100)
+    >>> candidate = optimizer.ask()
+    >>> optimizer.tell(candidate, cost(candidate.value))
+    ```
     """
 
     def __init__(

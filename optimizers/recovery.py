@@ -26,6 +26,16 @@ class Recovery(tp.NamedTuple):
         support: ``[k] int64`` sorted positions of the entries that may differ from zero.
         coefficients: ``[k] float64`` their values.
         residual: Euclidean norm of ``measurements - matrix @ x``.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from trimtab.optimizers import Recovery
+    >>> found = Recovery(np.array([1, 3]), np.array([2.0, -1.0]), residual=0.0)
+    >>> found.dense(5)
+    array([ 0.,  2.,  0., -1.,  0.])
+    ```
     """
 
     support: np.ndarray
@@ -83,9 +93,23 @@ def cosamp(
         max_iterations: upper limit; noise-free problems take two or three.
         tolerance: residual, relative to the norm of the measurements, that counts as zero.
 
+    Returns:
+        A ``Recovery`` of at most ``sparsity`` entries.
+
     Raises:
         ValueError: for shapes that do not fit, entries that are not finite, or a sparsity outside
             ``[1, d]``.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from trimtab.optimizers import cosamp
+    >>> matrix = np.random.default_rng(0).standard_normal((20, 100))
+    >>> found = cosamp(matrix, 2.0 * matrix[:, 7] - matrix[:, 40], sparsity=2)
+    >>> found.support, found.coefficients.round(6)
+    (array([ 7, 40]), array([ 2., -1.]))
+    ```
     """
     a, y = _checked(matrix, measurements)
     m, d = a.shape
@@ -135,8 +159,22 @@ def basis_pursuit(
         max_iterations: upper limit of primal-dual iterations, over all working sets.
         tolerance: violation of the optimality conditions that counts as none, relative.
 
+    Returns:
+        A ``Recovery``; the empty one if zero satisfies the constraint.
+
     Raises:
         ValueError: for shapes that do not fit, entries that are not finite, or a negative error.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from trimtab.optimizers import basis_pursuit
+    >>> matrix = np.random.default_rng(0).standard_normal((20, 100))
+    >>> found = basis_pursuit(matrix, 2.0 * matrix[:, 7] - matrix[:, 40])
+    >>> found.support, found.coefficients.round(6)
+    (array([ 7, 40]), array([ 2., -1.]))
+    ```
     """
     a, y = _checked(matrix, measurements)
     if not error >= 0:
