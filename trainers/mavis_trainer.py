@@ -756,6 +756,11 @@ class MAVISTrainer(Trainer):
         of the dataset, and packs them for training.
 
         [`~MAVISTrainer.train`] and [`~MAVISTrainer.evaluate`] call it; a second call does nothing.
+
+        Raises:
+            ValueError: Rollouts that are there were made otherwise, or a reward function does not
+                return a finite number or `None` for each response.
+            RuntimeError: A reward function raises. What was sampled is kept.
         """
         if self._base_trees:
             return
@@ -928,7 +933,8 @@ class MAVISTrainer(Trainer):
                 Further arguments of [`~transformers.Trainer.train`].
 
         Returns:
-            [`~transformers.trainer_utils.TrainOutput`], of the last iteration that was trained.
+            [`~transformers.trainer_utils.TrainOutput`] of the last iteration that was trained;
+            `None` if `resume_from_checkpoint` found all of them finished.
 
         Raises:
             ValueError: The checkpoint was made from something else, or is named with several

@@ -376,6 +376,7 @@ def sweep(
     Raises:
         ValueError: There is no prompt or seed, an objective is unknown, two points are one, a
             policy does not return a response per prompt, or a reward function no number for each.
+        RuntimeError: A reward function raises. What was sampled is kept.
 
     Example:
 

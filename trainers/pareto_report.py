@@ -27,6 +27,9 @@ def write_report(result: Mapping[str, Any], path: str | Path, intro: str = "") -
     Returns:
         `list[Path]`: The four files.
 
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+
     Example:
 
     ```python
