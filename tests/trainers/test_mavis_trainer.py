@@ -583,16 +583,6 @@ def test_every_field_is_documented_and_has_the_same_help():
         assert plain(first_sentence) in plain(documentation)
 
 
-def test_example_of_the_class_runs(base_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    example = MAVISTrainer.__doc__.split("```python\n")[1].split("```")[0]
-    lines = [line.strip() for line in example.splitlines() if line.strip()]
-    code = "\n".join(line[4:] for line in lines)
-    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", base_model)
-    exec(code, {})
-    assert MAVISValueModel.load("value-model").config.objectives == ["brevity"]
-
-
 class Hub:
     """Where the hub's API would be, which cannot be here: keeps what was uploaded."""
 
