@@ -326,21 +326,26 @@ def main() -> None:
     embedding = base.get_input_embeddings().weight.detach()
     add_baseline(items, held_out, embedding, torch.device("cpu"))  # all are measured with this one
     items = items + datasets.get("more", [])
-    made_of = {name: trees_fingerprint(found) for name, found in trees.items()}
+    made_of = {name: trees_fingerprint(trees[name]) for name in ("train", "eval")}
+    for more in {variant.trees - DEMO for variant in VARIANTS.values()}:
+        if 0 < more <= len(trees.get("more", [])):
+            made_of[f"{more} more"] = trees_fingerprint(trees["more"][:more])
     result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     if any(result.get("rollouts", {}).get(name) != made_of[name] for name in ("train", "eval")):
         result = {}
-    stored = result.get("variants", {})
-    if result.get("rollouts", {}).get("more", made_of.get("more")) != made_of.get("more"):
-        stored = {name: runs for name, runs in stored.items() if VARIANTS[name].trees <= DEMO}
-    result |= {"rollouts": made_of, "seeds": args.seeds, "held_out": len(held_out)}
+    known, stored = result.get("rollouts", {}), result.get("variants", {})
+    for name in list(stored):
+        which = f"{VARIANTS[name].trees - DEMO} more"
+        if known.get(which, made_of.get(which)) != made_of.get(which, known.get(which)):
+            del stored[name]  # made of other further rollouts
+    result |= {"rollouts": known | made_of, "seeds": args.seeds, "held_out": len(held_out)}
     result["variants"] = {name: stored[name] for name in VARIANTS if name in stored}
     models: list[MAVISValueHeads] = []
     for name in args.variants:
-        known = [r for r in stored.get(name, []) if r["variant"] == asdict(VARIANTS[name])]
+        alike = [r for r in stored.get(name, []) if r["variant"] == asdict(VARIANTS[name])]
         result["variants"][name] = []
         for seed in range(args.seeds):
-            found = [run for run in known if run["seed"] == seed]
+            found = [run for run in alike if run["seed"] == seed]
             if not found or (name == "default" and args.value_models):
                 started = time.monotonic()
                 model, curve = train(VARIANTS[name], items, held_out, base, seed)
