@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from trimtab.plugins.value_model import MAVISValueModel
 
-from .pareto import interval, prompt_draws
+from .statistics import interval, prompt_draws
 
 RANGE_SEQUENCES = 32  # that a candidate range is measured on
 RANGE_POSITIONS = 32  # in each

@@ -37,8 +37,8 @@ from trimtab.plugins.value_model import MAVISValueModel
 
 from .data import as_given
 from .hidden_states import HeadDataset, cache_hidden_states, collate_rows
-from .pareto import interval, prompt_draws
 from .preferences import pair_loss, running_sums
+from .statistics import interval, prompt_draws
 
 logger = logging.get_logger(__name__)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from trimtab.plugins.value_config import load_config
 
-from .pareto import interval, prompt_draws
+from .statistics import interval, prompt_draws
 from .trees import Tree
 
 

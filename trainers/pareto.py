@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .files import write_json
 from .rewards import compute_rewards, identify, load_reward_funcs
+from .statistics import interval, prompt_draws
 
 
 @dataclass
@@ -269,42 +270,6 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     words = [re.findall(r"\w+", text.lower()) for text in texts]
     grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
-
-
-def prompt_draws(num_prompts: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """
-    Bootstrap samples of the prompts, the same for all policies, so that differences are paired.
-
-    Args:
-        num_prompts (`int`):
-            Number of prompts.
-        draws (`int`, *optional*, defaults to `2000`):
-            Number of samples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed.
-
-    Returns:
-        `np.ndarray`: `[1 + draws, num_prompts]` int64 indices; the first row is the data itself.
-    """
-    drawn = np.random.default_rng(seed).integers(0, num_prompts, (draws, num_prompts))
-    return np.concatenate([np.arange(num_prompts)[None], drawn])
-
-
-def interval(samples: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """
-    The value on the data and its percentile interval.
-
-    Args:
-        samples (`np.ndarray`):
-            `[1 + draws]`, a statistic of every row of [`prompt_draws`].
-        level (`float`, *optional*, defaults to `0.95`):
-            Share of the draws inside.
-
-    Returns:
-        `dict[str, float]`: `value`, `low` and `high`.
-    """
-    low, high = np.percentile(samples[1:], [50 * (1 - level), 50 * (1 + level)])
-    return {"value": float(samples[0]), "low": float(low), "high": float(high)}
 
 
 def at_kl(kls: np.ndarray, gains: np.ndarray, kl: float) -> np.ndarray:
