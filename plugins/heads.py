@@ -104,6 +104,12 @@ class MAVISValueHeads(PreTrainedModel):
         self.query = Ensemble(members, read, width, count * rank)  # U, of all objectives
         self.action = Ensemble(members, config.base_embedding_size, width, rank + count)  # P, b
         self.post_init()
+        # Nothing is said of any prefix or token before training. Not in `_init_weights`: there
+        # transformers passes over weights that it has loaded, and over no slice of them.
+        with torch.no_grad():
+            nn.init.zeros_(self.value.weight)
+            nn.init.zeros_(self.query.weight)
+            nn.init.zeros_(self.action.weight[..., rank:])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,11 +119,6 @@ class MAVISValueHeads(PreTrainedModel):
         elif isinstance(module, Ensemble):
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             nn.init.zeros_(module.bias)
-        elif module is self:
-            # Nothing is said of any prefix or token before training.
-            nn.init.zeros_(self.value.weight)
-            nn.init.zeros_(self.query.weight)
-            nn.init.zeros_(self.action.weight[..., self.config.action_rank :])
 
     def standardize(self, hidden: torch.Tensor) -> torch.Tensor:
         """Features of unit scale: `[..., hidden_size]` of any floating dtype, float32 returned."""

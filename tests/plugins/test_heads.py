@@ -74,6 +74,20 @@ def test_the_table_says_what_the_parameters_say(base, heads):
     torch.testing.assert_close(served, expected, rtol=2e-3, atol=2e-3)
 
 
+def test_initialisation_leaves_weights_that_were_loaded(heads):
+    """As transformers 5.12 loads: all modules are initialised, but for weights that bear a mark."""
+    from transformers.initialization import guard_torch_init_functions
+
+    model = MAVISValueModel.load(str(heads))
+    loaded = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    with guard_torch_init_functions():
+        model.apply(model._init_weights)
+    for name, weight in model.state_dict().items():
+        assert weight.equal(loaded[name]), name
+
+
 def test_statistics_standardise_the_features(heads):
     model = MAVISValueModel.load(str(heads))
     hidden = torch.randn(500, 64) * torch.linspace(0.1, 5, 64) + torch.linspace(-3, 3, 64)
