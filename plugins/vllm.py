@@ -297,7 +297,7 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._heads.watch = None if self._metrics is None else self._metrics.record
         self._speculates = vllm_config.speculative_config is not None
         self._plan: list[Rows] = []  # V1: the guided rows
-        self._found_rows = False
+        self._found_rows = self._began = False
         logger.info(
             "MAVIS: objectives %s, defaults %s, heads on the served model's hidden state on %s, "
             "%.3f GiB weights",
@@ -449,7 +449,10 @@ class MAVISLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def apply_staged_writes(self) -> None:
         """A step begins."""
         if self._heads is not None:
-            forget_rows()
+            if self._began:
+                forget_rows()
+            # vLLM 0.33 profiles memory before any step, and calls this after the output layer.
+            self._began = True
 
     def _apply_v2(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         assert self._v2 is not None

@@ -75,7 +75,8 @@ class RecordingLogitsProcessor(MAVISLogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         guide: Any = self._guide if self._heads is None else self._heads
-        guide.rollouts[req_idx] = sampling_params.extra_args["rollout"]
+        # vLLM warms up and profiles with requests of its own, which are of no rollout.
+        guide.rollouts[req_idx] = (sampling_params.extra_args or {}).get("rollout", -1)
         return super().add_request(req_idx, sampling_params)
 
     def _apply_heads(self, heads: Any, logits: torch.Tensor, ctx: Any) -> torch.Tensor:

@@ -38,11 +38,12 @@ def warnings():
         yield said
 
 
-def v2_processor(base_model, mavis):
+def v2_processor(base_model, mavis, recording=False):
     """The processor as the V2 runner makes it, and the request states that it reads."""
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcRequestState
 
     from trimtab.plugins.vllm import MAVISLogitsProcessor
+    from trimtab.trainers.recording import RecordingLogitsProcessor
 
     def lengths():
         return SimpleNamespace(np=np.zeros(4, dtype=np.int32))
@@ -56,7 +57,8 @@ def v2_processor(base_model, mavis):
         prefill_len=lengths(),
         total_len=lengths(),
     )
-    return MAVISLogitsProcessor(vllm_config(base_model, mavis), state), state
+    made = RecordingLogitsProcessor if recording else MAVISLogitsProcessor
+    return made(vllm_config(base_model, mavis), state), state
 
 
 def context(slots, lengths, tokens):
@@ -192,6 +194,40 @@ def test_memory_profiling_guides_every_slot_at_once(base_model, value_model):
         processor.apply_staged_writes()
         steps.append(processor.apply(logits[:1].clone(), context([2], [4], [6])))
     assert steps[0].equal(steps[1]) and not steps[0].equal(logits[:1])
+
+
+def test_memory_profiling_reads_the_hidden_states_of_its_own_rows(base_model, heads):
+    """As vLLM 0.33's V2 runner does: its requests and the step come after the output layer."""
+    from vllm import SamplingParams
+
+    from trimtab.plugins import vllm_internals
+
+    mavis = {"value_models": [str(heads)], "weights": {"sweet": 1.0}}
+    processor, _ = v2_processor(base_model, mavis)
+    logits, every = torch.randn(4, VOCAB_SIZE), context(range(4), [1] * 4, [0] * 4)
+    vllm_internals._newest.rows = torch.randn(4, 64)
+    warm_up = SamplingParams.for_sampler_warmup()
+    assert all([processor.add_request(slot, warm_up) for slot in range(4)])
+    processor.apply_staged_writes()
+    out = processor.apply(logits.clone(), every)
+    assert (out.isfinite().sum(1) == 40).all() and not processor.failures
+    # A step takes nothing that was read before it.
+    processor.apply_staged_writes()
+    assert processor.apply(logits.clone(), every).equal(logits)
+    assert processor.failures == {"MissingHiddenStates": 1}
+
+
+@pytest.mark.parametrize("kind", ["heads", "value_model"])
+def test_requests_of_vllms_own_are_of_no_rollout(base_model, kind, request):
+    from vllm import SamplingParams
+
+    model = request.getfixturevalue(kind)
+    processor, _ = v2_processor(base_model, {"value_models": [str(model)]}, recording=True)
+    assert not processor.add_request(0, SamplingParams.for_sampler_warmup())
+    mine = {"rollout": 3, "mavis_weights": {"sweet": 1.0}}
+    assert processor.add_request(1, params(mine))
+    guide = processor._guide if kind == "value_model" else processor._heads
+    assert guide.rollouts.tolist()[:2] == [-1, 3]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.7])
