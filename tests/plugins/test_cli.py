@@ -84,8 +84,20 @@ def test_check_tells_what_does_not_serve(base_model, value_model, heads, tmp_pat
     assert "log-probabilities differ by" in capsys.readouterr().out
 
 
+@pytest.fixture
+def executed(monkeypatch):
+    """Commands that `serve` became, as where vLLM is installed."""
+    found: list[list[str]] = []
+    monkeypatch.setattr(os, "execvpe", lambda file, command, env: found.append(command))
+    monkeypatch.setattr(cli, "find_spec", lambda name: object())
+    monkeypatch.setattr(cli, "version", lambda name: "0.32.0")
+    return found
+
+
 @pytest.mark.parametrize("command", ["inspect", "check", "serve"])
-def test_what_is_no_value_model_is_named(base_model, value_model, tmp_path, capsys, command):
+def test_what_is_no_value_model_is_named(
+    base_model, value_model, tmp_path, capsys, executed, command
+):
     first = [] if command == "inspect" else [base_model]
     for wrong, why in ((tmp_path / "none", "there is no such folder"), (base_model, "'llama'")):
         assert run(command, *first, wrong) == 2
@@ -96,16 +108,6 @@ def test_what_is_no_value_model_is_named(base_model, value_model, tmp_path, caps
     if command == "check":
         assert run("check", value_model, value_model) == 2
         assert "is a value model: give its base model" in capsys.readouterr().err
-
-
-@pytest.fixture
-def executed(monkeypatch):
-    """Commands that `serve` became."""
-    found: list[list[str]] = []
-    monkeypatch.setattr(os, "execvpe", lambda file, command, env: found.append(command))
-    monkeypatch.setattr(cli, "find_spec", lambda name: object())
-    monkeypatch.setattr(cli, "version", lambda name: "0.32.0")
-    return found
 
 
 def serve(*arguments) -> None:
@@ -146,7 +148,7 @@ def test_serve_loads_our_endpoint_and_what_vllm_would(base_model, value_model, m
 
 
 def test_serve_gives_each_server_metrics_of_its_own(
-    base_model, value_model, monkeypatch, tmp_path, capsys
+    base_model, value_model, monkeypatch, tmp_path, capsys, executed
 ):
     folders = []
     monkeypatch.setattr(
