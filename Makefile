@@ -13,7 +13,7 @@ export KMP_BLOCKTIME ?= 0
 # Processes that share the tests; engines of vLLM want a GPU for themselves.
 WORKERS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
 
-.PHONY: demo test test-fast test-long test-newest lint docs types install
+.PHONY: demo test test-fast test-long test-oldest test-newest compat lint docs types install
 
 install: $(STAMP)
 
@@ -38,17 +38,22 @@ test-long: $(STAMP)
 	$(BIN)/python -m pytest --hypothesis-profile=long tests/plugins/test_engine.py \
 		tests/plugins/test_transformers.py tests/plugins/test_vllm_batches.py
 
-# What needs no vLLM, with the newest releases of everything else, in an environment of its own
-NEWEST := .venv-newest
-test-newest:
-	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/pip install -q --upgrade pip "setuptools>=77" wheel
-	$(NEWEST)/bin/pip install -q torch==2.13.0
-	$(NEWEST)/bin/pip install -q --upgrade --upgrade-strategy only-if-needed --no-build-isolation \
-		-e '.[trl]' transformers trl peft accelerate datasets hypothesis matplotlib openai pytest \
-		pytest-timeout scikit-learn scipy
-	$(NEWEST)/bin/python -m pytest tests/trainers tests/plugins --ignore-glob='*test_vllm*' \
-		-k 'not vllm'
+# What needs no vLLM, with the oldest releases that pyproject.toml admits and with the newest that there
+# are, each in an environment of its own; then the names that are read of the newest vLLM. An hour.
+compat: test-oldest test-newest
+	.venv-newest/bin/python tests/plugins/vllm_sources.py
+
+test-oldest: RELEASES := --constraint .venv-oldest/bounds.txt
+test-newest: RELEASES := --upgrade --upgrade-strategy eager
+test-oldest test-newest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	grep -oE '[a-z-]+>=[0-9.]+' pyproject.toml | sed 's/>=/==/' >.venv-$*/bounds.txt
+	.venv-$*/bin/pip install -q --upgrade pip "setuptools>=77" wheel
+	.venv-$*/bin/pip install -q $(RELEASES) --no-build-isolation -e '.[ray,tune]' compose-spec \
+		hypothesis kubernetes-validate matplotlib openai promql-parser pytest pytest-timeout \
+		scikit-learn scipy
+	.venv-$*/bin/python -m pytest tests/trainers tests/plugins tests/optimizers \
+		--ignore-glob='*test_vllm*' -k 'not vllm'
 
 lint: $(STAMP) types
 	$(BIN)/ruff format --check .
