@@ -138,3 +138,12 @@ def test_missing_dependency_names_the_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     assert main(["train", "--output_dir", "x"]) == 2
     assert "it needs trl; pip install 'trimtab[trl]'" in capsys.readouterr().err
+
+
+def test_what_only_an_option_needs_is_named(capsys, monkeypatch):
+    from trimtab.plugins import cli
+
+    error = ModuleNotFoundError("this option needs openai; pip install openai", name="openai")
+    monkeypatch.setattr(cli, "inspect", lambda arguments: (_ for _ in ()).throw(error))
+    assert main(["inspect", "x"]) == 2
+    assert capsys.readouterr().err == f"trimtab inspect: error: {error}\n"

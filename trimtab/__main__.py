@@ -64,10 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
         missing = (error.name or "").split(".")[0]
         if missing not in EXTRAS:
             raise
-        print(
-            f"trimtab {command}: error: it needs {missing}; pip install 'trimtab[{extra}]'",
-            file=sys.stderr,
-        )
+        told = str(error)
+        if f"pip install {missing}" not in told:  # the need of an option, which no extra brings
+            told = f"it needs {missing}; pip install 'trimtab[{extra}]'"
+        print(f"trimtab {command}: error: {told}", file=sys.stderr)
         return 2
 
 

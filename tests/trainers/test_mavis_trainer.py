@@ -667,7 +667,7 @@ def unservable(folder):
 
 def test_what_could_not_be_served_is_refused_before_anything_is_sampled(tmp_path):
     base = unservable(tmp_path / "base")
-    with pytest.raises(ValueError, match="a backbone of type 'diffllama' is not supported: after"):
+    with pytest.raises(ValueError, match="a backbone of type 'diffllama' is not supported: "):
         trainer(base, tmp_path / "out")
     assert not (tmp_path / "out" / "rollouts").exists()
 
