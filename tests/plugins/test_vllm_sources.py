@@ -16,7 +16,7 @@ vllm = pytest.importorskip("vllm")
     [
         (None, "", "", []),
         ("config/__init__.py", "VllmConfig", "Config", ["VllmConfig of vllm.config, which"]),
-        ("config/scheduler.py", "max_num_seqs", "max_seqs", ["SchedulerConfig.max_num_seqs() of"]),
+        ("config/scheduler.py", "max_num_seqs", "max_seqs", ["SchedulerConfig.max_num_seqs of"]),
         (
             "model_executor/layers/logits_processor.py",
             "hidden_states: torch",
@@ -27,7 +27,7 @@ vllm = pytest.importorskip("vllm")
             "v1/worker/gpu_model_runner.py",
             "class GPUModelRunner",
             "class ModelRunner",
-            ["GPUModelRunner.discard_request_mask() of", "GPUModelRunner.optimistic_seq_lens_cpu"],
+            ["GPUModelRunner.discard_request_mask of", "GPUModelRunner.optimistic_seq_lens_cpu of"],
         ),
     ],
 )

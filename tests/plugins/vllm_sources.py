@@ -1,8 +1,7 @@
 """Looks up in the sources of a vLLM release what trimtab reads of it, for one that cannot run here.
 
-It finds what is gone: names, fields and arguments. It does not find that one of them now means
-something else. `python tests/plugins/vllm_sources.py [VERSION]` downloads the wheel, of the newest
-release if none is named.
+It finds what is gone, not what means something else now. `python tests/plugins/vllm_sources.py
+[VERSION]` downloads the wheel, of the newest release if none is named.
 """
 
 from __future__ import annotations
@@ -68,10 +67,8 @@ def missing(read: Callable[[str], str]) -> Iterator[str]:
     """What is gone from vLLM, of which `read` returns a file's text, empty if there is no file."""
     for path in (*(ROOT / "plugins").glob("*.py"), *(ROOT / "trainers").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
-                continue
-            package, *parts = node.module.split(".")
-            if package == "vllm":
+            package, *parts = (getattr(node, "module", None) or "").split(".")
+            if isinstance(node, ast.ImportFrom) and package == "vllm" and not node.level:
                 folder = "".join(f"{part}/" for part in parts)
                 text = read(f"{folder}__init__.py") or read(f"{folder[:-1]}.py")
                 there = dict(names(ast.parse(text)))
@@ -79,14 +76,14 @@ def missing(read: Callable[[str], str]) -> Iterator[str]:
                     if one.name not in there and not read(f"{folder}{one.name}.py"):
                         yield f"{one.name} of {node.module}, which {path.name} imports"
     for line in re.split(r"\n(?=\S)", READ.strip()):
-        file, owner, members = line.split(maxsplit=2)
+        file, owner, *members = line.split()
         tree = ast.parse(read(file))
         classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner]
         there = dict(names(tree if owner == "-" else classes[0] if classes else ast.Module([], [])))
-        for name, arguments in re.findall(r"(\w+)(?:\(([^)]*)\))?", members):
+        for name, arguments in re.findall(r"(\w+)(\([^)]*\))?", " ".join(members)):
             expected = re.findall(r"\w+", arguments)
             if name not in there or there[name][: len(expected)] != expected:
-                yield f"{owner}.{name}({arguments}) of {file}: now {there.get(name)}"
+                yield f"{owner}.{name}{arguments} of {file}: now {there.get(name, 'nothing')}"
 
 
 if __name__ == "__main__":
