@@ -42,7 +42,7 @@ FIELDS = {
 def iterated(base_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("iterated")
     made = trainer(
-        base_model, folder, data=prompts(60), eval_dataset=prompts(40, 5), num_iterations=3,
+        base_model, folder, data=prompts(60), eval_dataset=prompts(80, 5), num_iterations=3,
         beta=2.0, top_k=10, layers=2, num_train_epochs=6,
     )  # fmt: skip
     made.train()
@@ -71,7 +71,7 @@ def test_a_policy_is_measured_by_its_own_rollouts(iterated):
     measured = json.loads((folder / "iterations.json").read_text())["policies"][2]
     for i, name in enumerate(REWARDS):
         trees = read_rollouts(folder / "rollouts" / "iteration-2" / name / "eval")
-        assert len(trees) == 40 and all(list(tree.rewards) == [name] for tree in trees)
+        assert len(trees) == 80 and all(list(tree.rewards) == [name] for tree in trees)
         trees = trees[::2]  # the others are for the choice
         rewards, kls = [], []
         for tree in trees:  # leaf by leaf
