@@ -39,7 +39,7 @@ test-long: $(STAMP)
 		tests/plugins/test_transformers.py tests/plugins/test_vllm_batches.py
 
 # What needs no vLLM, with the oldest releases that pyproject.toml admits and with the newest that there
-# are, each in an environment of its own; then the names that are read of the newest vLLM. An hour.
+# are, each in an environment of its own; then the names that are read of the newest vLLM.
 compat: test-oldest test-newest
 	.venv-newest/bin/python tests/plugins/vllm_sources.py
 
