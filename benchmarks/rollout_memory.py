@@ -60,8 +60,8 @@ def train(args: argparse.Namespace) -> None:
         trainer = MAVISTrainer(
             str(args.base),
             MAVISConfig(
-                scratch, head_type=args.head_type, layers=3, max_completion_length=48,
-                max_steps=STEPS, save_strategy="no", report_to="none",
+                scratch, rollout_dir=str(args.folder.parent), head_type=args.head_type, layers=3,
+                max_completion_length=48, max_steps=STEPS, save_strategy="no", report_to="none",
             ),
             {name: lambda completions, **_: [0.0] * len(completions) for name in OBJECTIVES},
             Dataset.from_dict({"prompt": ["any"] * 8}),
@@ -70,8 +70,8 @@ def train(args: argparse.Namespace) -> None:
         watch.start()
         time.sleep(0.1)
         before, began = watch.most, time.monotonic()
-        trainer._rollout_dir = lambda: args.folder.parent
-        trainer._collect = lambda name: read_rollouts(args.folder)  # all are there
+        # All are there.
+        trainer._collection.collect = lambda name, state: read_rollouts(args.folder)
         trainer.train()
         count = len(trainer._trees)
         print(json.dumps([count, before, watch.most, time.monotonic() - began]))

@@ -41,7 +41,7 @@ script, args, model, _ = parse("train",
 prompts = load_prompts(script)["train"].select(range(int(sys.argv[2])))
 length = lambda completions, **columns: [float(len(c)) for c in completions]
 trainer = MAVISTrainer(model.model_name_or_path, args, {"length": length}, prompts)
-trainer._make_sampler()  # the engine's start is not counted
+trainer._collection.make_sampler()  # the engine's start is not counted
 start = time.perf_counter()
 trainer.collect_rollouts()
 print("SECONDS", time.perf_counter() - start)

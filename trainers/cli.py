@@ -383,13 +383,13 @@ def rollouts(arguments: list[str]) -> int:
     with bad_input(command):
         trainer: Any = make_trainer(command, rest)[0]
     if action == "score":
-        trainer._make_sampler = _refuse_to_sample
+        trainer._collection.make_sampler = _refuse_to_sample
     trainer.collect_rollouts()
-    trainer.accelerator.print(f"Rollouts in {trainer._rollout_dir()}: `trimtab rollouts show`")
+    trainer.accelerator.print(f"Rollouts in {trainer._collection.folder}: `trimtab rollouts show`")
     return 0
 
 
-def _refuse_to_sample() -> Any:
+def _refuse_to_sample(value_model: Any = None) -> Any:
     with bad_input("rollouts score"):
         raise ValueError(
             "there are prompts without rollouts: `trimtab rollouts collect` samples them"

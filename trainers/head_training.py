@@ -749,7 +749,7 @@ class HeadTraining(TrainerCallback):
         """The loss of a batch, and the values; in evaluation its measures are added."""
         args = self.trainer.args
         values, advantages = read_heads(model, inputs, self.embedding)
-        if model.training and self.trainer._pairs:
+        if model.training and self.trainer._sources.pairs:
             loss = pairs_loss(inputs, advantages, args.temperature)
         elif model.training:
             sampling = (args.temperature, args.top_p, self._on_policy())

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
@@ -40,14 +40,7 @@ from trimtab.plugins.heads import MAVISValueHeads
 from trimtab.plugins.value_config import MAVISValueConfig, load_config, tokenizer_fingerprint
 from trimtab.plugins.value_model import MAVISValueModel
 
-from .base_model import (
-    end_tokens,
-    is_value_model,
-    load_base_model,
-    precision_of,
-    source_of,
-    vllm_source_of,
-)
+from .base_model import end_tokens, is_value_model, load_base_model, source_of
 from .candidates import (
     RANGE_POSITIONS,
     RANGE_SEQUENCES,
@@ -55,25 +48,10 @@ from .candidates import (
     advantage_slopes,
     candidate_differences,
 )
-from .data import (
-    PAIR,
-    RESPONSE,
-    Responses,
-    as_given,
-    check_log_probs,
-    named_sets,
-    once_each,
-    read_responses,
-    row_kwargs,
-    score_columns,
-    scored_in_data,
-    store_responses,
-    store_stream,
-    tokenize,
-    with_prompts,
-)
+from .collection import Collection
+from .data import as_given
 from .files import write_json
-from .fingerprints import identify, state_fingerprint, weights_fingerprint
+from .fingerprints import state_fingerprint
 from .head_training import (
     HELD_OUT,
     HeadMetrics,
@@ -86,10 +64,7 @@ from .hidden_states import collate_rows
 from .iterations import PolicyHistory, guidance_fingerprint
 from .mavis_config import MAVISConfig
 from .packing import TreeDataset
-from .preferences import UTILITY_STD, pair_loss
-from .ray_sampler import RaySampler
-from .rewards import RewardLog, load_reward_funcs, reward_statistics
-from .rollouts import collect_rollouts, read_rollouts, switch_policy
+from .preferences import pair_loss
 from .run_state import (
     INPUTS,
     RunState,
@@ -99,13 +74,7 @@ from .run_state import (
     differences,
     trees_fingerprint,
 )
-from .samplers import (
-    Sampler,
-    ServerSampler,
-    TransformersSampler,
-    VLLMSampler,
-    prompt_log_probs,
-)
+from .sources import Sources
 from .state_training import (
     QUARTERS,
     ValueMetrics,
@@ -120,8 +89,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.get_logger(__name__)
-
-COMPLETIONS = 8  # of `log_completions`
 
 
 class MAVISTrainer(Trainer):
@@ -319,48 +286,10 @@ class MAVISTrainer(Trainer):
         self.base_model = base_model
         given: Any = None if isinstance(model, str) else model
         there = [] if given is None else list(given.config.objectives or [])
-        self._responses: dict[str, Responses] = {}  # by dataset, if they are there already
-        sets = named_sets(train_dataset, eval_dataset)
-        for name, dataset in sets.items():
-            if isinstance(dataset, IterableDataset):
-                folder = rollout_dir(args) / "streamed"
-                with args.main_process_first(desc=f"storing `{name}_dataset`"):
-                    sets[name] = store_stream(dataset, folder, name, args.process_index == 0)
-        columns = set(getattr(sets["train"], "column_names", None) or ())
-        scored = scored_in_data(reward_funcs)
-        named = list(reward_funcs) if scored else []
-        if scored:
-            reward_funcs = {n: f for n, f in reward_funcs.items() if f is not None} or None
-            if columns & set(PAIR) or not columns & set(RESPONSE):
-                raise ValueError(
-                    f"`reward_funcs` has None for {scored}: their scores are those of responses in "
-                    f"`train_dataset`, which must have one of the columns {list(RESPONSE)}, and no "
-                    f"pairs; it has {sorted(columns)}"
-                )
-        self._pairs = reward_funcs is None and bool(columns & set(PAIR))
-        self._of_data = self._pairs or (reward_funcs is None and bool(columns & set(RESPONSE)))
-        if self._pairs:
-            sets = {name: with_prompts(dataset) for name, dataset in sets.items()}
-        if (self._of_data or scored) and args.num_iterations > 1:
-            raise ValueError(
-                f"num_iterations={args.num_iterations} needs `reward_funcs`, for every objective: "
-                "later iterations sample responses that no dataset has scored"
-            )
-        self.reward_funcs = (
-            {}
-            if self._of_data
-            else load_reward_funcs(reward_funcs or {}, reward_processing_classes)
+        self._sources = Sources(
+            args, reward_funcs, reward_processing_classes, train_dataset, eval_dataset, there
         )
-        self.objectives = named if scored else list(self.reward_funcs)
-        if self._of_data and not scored:
-            self.objectives = there
-            if (not self._pairs and not columns & set(there)) or not there:
-                self.objectives = score_columns(sets["train"])
-            elif not self._pairs and (left := set(score_columns(sets["train"])) - set(there)):
-                logger.warning(
-                    f"the columns {sorted(left)} are no objectives of the value model, which goes "
-                    f"on with {there}: to add them to it, give a dataset without these"
-                )
+        self.reward_funcs, self.objectives = self._sources.reward_funcs, self._sources.objectives
         self._kept: Any = None  # a value model that objectives are added to
         if there and not set(there) & set(self.objectives):
             check_can_be_added(given.config, args, self.objectives)
@@ -377,11 +306,9 @@ class MAVISTrainer(Trainer):
             top_p=args.top_p,
             seed=args.seed,
         )
-        self._sampler: Any = None
         self._base_trees: dict[str, list[Tree]] = {}  # by dataset, once they are collected
         self._iteration = 0
         self._trees: list[Tree] = []  # of all iterations so far
-        self._rewards: dict[str, str] = {}  # fingerprints of the reward functions
         self._scale_sequences: list[dict[str, Any]] = []
         self._history = PolicyHistory(args.beta)
         if args.num_iterations > 1 and optimizers != (None, None):
@@ -427,52 +354,29 @@ class MAVISTrainer(Trainer):
         revision = source_of(args).get("revision", "main")
         self.eos_token_ids = end_tokens(base_model, processing_class, revision)
         self._heads = HeadTraining(self) if self.value_config.head_type == "hidden" else None
-        self._prompt_ids = {
-            name: self._tokenize_prompts(name, dataset, processing_class, args)
-            for name, dataset in sets.items()
-        }
-        self._prompts = dict(sets)
-        of_template: Any = args.chat_template_kwargs
-        if self._of_data or scored:
-            self._responses = {
-                name: read_responses(
-                    name,
-                    self._prompts[name],
-                    [name for name in self.objectives if name not in self.reward_funcs],
-                    prompt_ids,
-                    processing_class,
-                    self.eos_token_ids,
-                    args.max_completion_length,
-                    base_model,
-                    of_template,
-                )
-                for name, prompt_ids in self._prompt_ids.items()
-            }
-
-            if self.reward_funcs:
-                for name, prompt_ids in self._prompt_ids.items():
-                    self._prompts[name], self._prompt_ids[name] = once_each(
-                        self._prompts[name], prompt_ids, scored
-                    )
-
-        longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
+        reads = self.value_config.backbone_config
+        if reads is None:
+            of_base: Any = AutoConfig.from_pretrained(base_model, **source_of(args))
+            reads = of_base.get_text_config()
+        context = getattr(reads, "max_position_embeddings", None)
+        self._sources.read(processing_class, self.eos_token_ids, base_model, context)
         if self._heads is not None:
             if peft_config is not None:
                 raise ValueError(
                     "`peft_config` is for a backbone, and heads on the base model's hidden state "
                     "have none: leave it out, or set head_type='state'"
                 )
-            count = len(self._prompt_ids["train"])
-            if self._responses:
-                count = min(count, len(self._responses["train"].trees))
-            if len(sets) == 1 and count < HELD_OUT:
+            count = len(self._sources.prompt_ids["train"])
+            if self._sources.responses:
+                count = min(count, len(self._sources.responses["train"].trees))
+            if len(self._sources.sets) == 1 and count < HELD_OUT:
                 raise ValueError(
                     f"`train_dataset` has {count} prompts, and heads are chosen and "
                     f"scaled by held-out ones: give an `eval_dataset`, or at least {HELD_OUT} "
                     "prompts, of which one in so many is held out"
                 )
         else:
-            check_servable(value_model, longest + args.max_completion_length)
+            check_servable(value_model, self._sources.longest)
             value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
         if peft_config is not None:
             value_model = wrap_backbone(value_model, peft_config)
@@ -484,8 +388,8 @@ class MAVISTrainer(Trainer):
             data_collator=collate_rows
             if self._heads is not None
             else tree_collator(value_model, self.eos_token_ids),
-            train_dataset=sets["train"],
-            eval_dataset=as_given(sets),
+            train_dataset=self._sources.sets["train"],
+            eval_dataset=as_given(self._sources.sets),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -499,255 +403,16 @@ class MAVISTrainer(Trainer):
             metrics = HeadMetrics
             self.add_callback(self._heads)
         self._metrics = {name: metrics(self.objectives) for name in ("train", "eval")}
-
-    def _tokenize_prompts(
-        self,
-        name: str,
-        dataset: Dataset | None,
-        processing_class: PreTrainedTokenizerBase,
-        args: MAVISConfig,
-    ) -> list[list[int]]:
-        if not isinstance(dataset, Dataset):
-            raise TypeError(
-                f"`{name}_dataset` must be a `datasets.Dataset` of prompts, got "
-                f"{type(dataset).__name__}"
-            )
-        tokens_given = self._of_data and "prompt_ids" in dataset.column_names
-        column = "prompt_ids" if tokens_given else "prompt"
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"`{name}_dataset` must have a column 'prompt', it has {dataset.column_names}: "
-                "`dataset.rename_column` renames one"
-            )
-        if len(dataset) == 0:
-            raise ValueError(f"`{name}_dataset` is empty")
-        reads = self.value_config.backbone_config
-        if reads is None:
-            config = AutoConfig.from_pretrained(self.base_model, **source_of(args))
-            reads = config.get_text_config()
-        context = getattr(reads, "max_position_embeddings", None)
-        longest = args.max_prompt_length
-        if context is not None and (
-            longest is None or longest + args.max_completion_length > context
-        ):
-            longest = context - args.max_completion_length
-            if longest < 1:
-                raise ValueError(
-                    f"`max_completion_length` is {args.max_completion_length}, which leaves no "
-                    f"room for a prompt in the model's context of {context} tokens: lower it"
-                )
-        tools = dataset["tools"] if "tools" in dataset.column_names else None
-        of_template: Any = args.chat_template_kwargs
-        prompt_ids = []
-        for row, prompt in enumerate(dataset[column]):
-            if prompt is None:
-                raise ValueError(
-                    f"row {row} of `{name}_dataset` has no {column}, but None: "
-                    f"`dataset.filter(lambda row: row[{column!r}] is not None)` leaves it out"
-                )
-            if tokens_given:
-                ids = prompt
-            elif not isinstance(prompt, str) and processing_class.chat_template is None:
-                raise ValueError(
-                    f"`{name}_dataset` has conversational prompts and the tokenizer of "
-                    f"{self.base_model!r} no chat template; set its `chat_template`, or give "
-                    "strings"
-                )
-            else:
-                kwargs = row_kwargs(of_template, tools, row)
-                ids = tokenize(processing_class, prompt, template_kwargs=kwargs)
-            if not ids or (longest is not None and len(ids) > longest):
-                raise ValueError(
-                    f"row {row} of `{name}_dataset` has a prompt of {len(ids)} tokens, 1 to "
-                    f"{longest} are possible (max_prompt_length={args.max_prompt_length}, "
-                    f"max_completion_length={args.max_completion_length}, context of the model "
-                    f"{context}): {prompt!r}"
-                )
-            prompt_ids.append(ids)
-        return prompt_ids
-
-    def _make_sampler(self) -> Sampler:
-        if self._sampler is not None:
-            return self._sampler
-        args = self.args
-        value_models = [] if self._iteration == 0 else [str(self._value_model(self._iteration - 1))]
-        config, ends = self.tree_config, self.eos_token_ids
-        if args.vllm_server_base_url:
-            self._sampler = ServerSampler(
-                self.base_model,
-                args.vllm_server_base_url,
-                config,
-                ends,
-                self._server_reference(),
-            )
-        elif args.use_vllm:
-            if self.accelerator.num_processes > 1:
-                raise ValueError(
-                    "`use_vllm` samples in a single process: call `collect_rollouts` without a "
-                    "launcher first, then launch the training, which finds them stored; or start "
-                    "`vllm serve` and set `vllm_server_base_url`"
-                )
-            longest = max(len(ids) for prompts in self._prompt_ids.values() for ids in prompts)
-            make: Any = VLLMSampler
-            if args.num_ray_workers:
-                make = functools.partial(
-                    RaySampler, args.num_ray_workers, model_init_kwargs=args.model_init_kwargs
-                )
-            self._sampler = make(
-                model=self.base_model,
-                config=config,
-                eos_token_ids=ends,
-                max_model_len=longest + args.max_completion_length,
-                value_models=value_models,
-                beta=args.beta,
-                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-                tensor_parallel_size=args.vllm_tensor_parallel_size,
-                init_kwargs={**vllm_source_of(args), **(args.vllm_init_kwargs or {})},
-            )
-        else:
-            self._sampler = TransformersSampler(
-                self.base_model,
-                config,
-                ends,
-                value_models=value_models,
-                beta=args.beta,
-                batch_size=args.generation_batch_size,
-                model_init_kwargs=args.model_init_kwargs,
-            )
-        return self._sampler
-
-    def _server_reference(self) -> tuple[list[int], list[float]]:
-        """Tokens of the prompts and their log-probabilities under the base model, kept on disk."""
-        prompts = self._prompt_ids["train"]
-        longest = max(map(len, prompts)) + self.args.max_completion_length - 1  # a server takes it
-        tokens = list(chain(*prompts))[: min(256, longest)]
-        path = self._rollout_dir() / "server_reference.json"
-        made_of = {"base_model_weights": self._base_weights, "tokens": tokens}
-        found = json.loads(path.read_text()) if path.exists() else {}
-        if {name: found.get(name) for name in made_of} != made_of:
-            model = load_base_model(self.base_model, self.args).to(self.args.device)
-            found = {**made_of, "log_probs": prompt_log_probs(model, tokens)}
-            del model
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, found)
-        return tokens, found["log_probs"]
-
-    def _rollout_dir(self) -> Path:
-        return rollout_dir(self.args)
-
-    @contextmanager
-    def _sampling(self) -> Any:
-        """Closes the sampler, if one was needed."""
-        try:
-            yield
-        finally:
-            if self._sampler is not None:
-                self._sampler.close()
-                self._sampler = None
-
-    def _folders(self, name: str) -> list[Path]:
-        """Where a dataset's trees are: sampled ones, and those of responses that are given."""
-        folder = self._rollout_dir() / name
-        if not self._responses or self._of_data:
-            return [folder]
-        return [folder, folder.with_name(f"{name}-responses")]
-
-    def _store(self, name: str) -> list[Tree]:
-        """The trees of a dataset's own responses."""
-        folder = self._folders(name)[-1]
-        if self.is_world_process_zero():
-            store_responses(
-                folder, self._responses[name], self.args.rollout_batch_size, self.base_model
-            )
-        self.accelerator.wait_for_everyone()
-        return read_rollouts(folder)
-
-    def _collect(self, name: str, objective: str | None = None) -> list[Tree]:
-        """The rollouts of a dataset under the base model or the policy of one objective."""
-        args, dataset = self.args, self._prompts[name]
-        folder = self._rollout_dir()
-        identity = {
-            "base_model": self.base_model,
-            "base_model_fingerprint": self.value_config.base_model_fingerprint,
-            "base_model_weights": self._base_weights,
-            "tokenizer_fingerprint": self.value_config.tokenizer_fingerprint,
-            "eos_token_ids": sorted(self.eos_token_ids),
-            "sampler": "vllm" if args.use_vllm or args.vllm_server_base_url else "transformers",
-            "precision": precision_of(
-                args.vllm_init_kwargs if args.use_vllm else args.model_init_kwargs
-            ),
-        }
-        reward_funcs, make_sampler = self.reward_funcs, self._make_sampler
-        if objective is not None:
-            weights = {objective: 1.0}
-            folder = folder / f"iteration-{self._iteration}" / objective
-            identity |= {
-                "weights": weights,
-                "beta": args.beta,
-                "value_model": guidance_fingerprint(self._value_model(self._iteration - 1)),
-            }
-            reward_funcs = {objective: self.reward_funcs[objective]}
-            if args.rollout_dir is None and self.is_world_process_zero():
-                switch_policy(folder / name, identity["value_model"])
-            self.accelerator.wait_for_everyone()
-            make_sampler = lambda: functools.partial(self._make_sampler(), weights=weights)  # noqa: E731
-        log = RewardLog(self.state)
-        collect_rollouts(
-            folder / name,
-            prompts=list(dataset["prompt"]),
-            columns={
-                column: list(dataset[column])
-                for column in dataset.column_names
-                if column != "prompt"
-            },
-            tokenizer=self.processing_class,
-            prompt_ids=self._prompt_ids[name],
-            reward_funcs=reward_funcs,
-            config=self.tree_config,
-            eos_token_ids=self.eos_token_ids,
-            make_sampler=make_sampler,
-            identity=identity,
-            batch_size=args.rollout_batch_size,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            reward_ids=self._rewards,
-            reward_log=log,
-        )
-        self.accelerator.wait_for_everyone()
-        trees = read_rollouts(folder / name)
-        self._report(name, trees, log)
-        return trees
-
-    def _report(self, name: str, trees: list[Tree], log: RewardLog) -> None:
-        """Logs what reward functions have logged, and a sample of the responses if asked to."""
-        logged: dict[str, list[float]] = {}
-        for of_process in gather_object([dict(log.metrics)]):
-            for metric, values in of_process.items():
-                logged.setdefault(metric, []).extend(values)
-        if logged:
-            prefix = "" if name == "train" else f"{name}_"
-            self.log({prefix + metric: float(np.mean(x)) for metric, x in logged.items()})
-        if not (self.args.log_completions and self.is_world_process_zero()):
-            return
-        from trl.trainer.utils import print_prompt_completions_sample
-
-        drawn = np.random.default_rng(self.args.seed).permutation(len(trees))[:COMPLETIONS]
-        sample = [(trees[i], trees[i].leaves()[0]) for i in drawn]
-        print_prompt_completions_sample(
-            [self._prompts[name][tree.prompt_index]["prompt"] for tree, _ in sample],
-            self.processing_class.batch_decode(
-                [tree.response(leaf) for tree, leaf in sample], skip_special_tokens=True
-            ),
-            {
-                objective: [tree.rewards[objective][leaf] for tree, leaf in sample]
-                for objective in trees[0].rewards
-            },
-            None,
-            self.state.global_step,
-            extra={
-                column: [found.get((tree.prompt_index, leaf), "") for tree, leaf in sample]
-                for column, found in log.by_response.items()
-            },
+        self._collection = Collection(
+            args,
+            self._sources,
+            base_model,
+            processing_class,
+            self.eos_token_ids,
+            self.tree_config,
+            self.value_config,
+            self.accelerator,
+            self.log,
         )
 
     def collect_rollouts(self) -> None:
@@ -764,35 +429,9 @@ class MAVISTrainer(Trainer):
         """
         if self._base_trees:
             return
-        # Asked once: what a function keeps from its calls is no part of it.
-        self._rewards = {name: identify(func) for name, func in self.reward_funcs.items()}
-        with self._sampling():
-            trees = {
-                name: [
-                    *([] if self._of_data else self._collect(name)),
-                    *(self._store(name) if self._responses else []),
-                ]
-                for name in self._prompts
-            }
-        for responses in self._responses.values():
-            if responses.references:
-                check_log_probs(responses, self.load_base_model().to(self.args.device))
-        if self._responses and not self.on_policy:
-            logger.warning(
-                "the responses are those of `train_dataset`, which need not be the base model's: "
-                "values are of what wrote them, and KL efficiency on such held-out responses is "
-                "the squared gain by two nats for the base model's own responses alone"
-            )
-        if self._pairs:
-            mean, std = np.zeros(1), np.full(1, UTILITY_STD)
-        else:
-            mean, std = np.empty((2, len(self.objectives)))
-            for part in self._sources(trees["train"]):
-                names = [name for name in self.objectives if part and name in part[0].rewards]
-                at = [self.objectives.index(name) for name in names]
-                mean[at], std[at] = reward_statistics(part, names)
-        self.value_config.reward_mean = mean.tolist()
-        self.value_config.reward_std = std.tolist()
+        trees = self._collection.of_base_model(self.state)
+        config = self.value_config
+        config.reward_mean, config.reward_std = self._sources.statistics(trees["train"])
         self._base_trees = trees
         self._begin_iterations()
         if self._heads is None:
@@ -802,35 +441,13 @@ class MAVISTrainer(Trainer):
             packed = given.values() if isinstance(given, dict) else [given]
             self._scale_sequences = [dict(s) for part in packed for s in part.sequences]
 
-    def _sources(self, trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
-        """Of trees those that were sampled, and those of a dataset's own responses."""
-        sampled = [tree for tree in trees if self.reward_funcs.keys() & tree.rewards.keys()]
-        of_data = [tree for tree in trees if not self.reward_funcs.keys() & tree.rewards.keys()]
-        return sampled, of_data
-
     def _begin_iterations(self) -> None:
         """Everything as before the first iteration, but for the weights."""
         config, trees = self.value_config, self._base_trees
         self._iteration, self._trees = 0, []
         config.candidate_scale = None  # what it came with is of other values
         training = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-        rollouts: dict[str, Any] = {
-            **vars(self.tree_config),
-            "prompts": len(self._prompt_ids["train"]),
-        }
-        within = "within a prompt"
-        if self._responses:
-            found = self._responses["train"].describe()
-            of_data = [name for name in self.objectives if name not in self.reward_funcs]
-            if self._pairs:
-                within = "of the noise of a judgement, in log-odds"
-            elif found["prompts"] == found["responses"]:
-                within = "of all responses"
-                if self.reward_funcs:
-                    within = f"within a prompt, of all responses for {', '.join(of_data)}"
-            if self.reward_funcs:
-                found = {**rollouts, "responses": {"objectives": of_data, **found}}
-            rollouts = found
+        rollouts, within = self._sources.describe(self.tree_config)
         config.provenance = provenance(
             rollouts=rollouts,
             training={name: getattr(self.args, name) for name in (*training, "leaf_fraction")},
@@ -845,14 +462,11 @@ class MAVISTrainer(Trainer):
     def _collect_from_policy(self) -> None:
         """Measures the policy of the last iteration, and samples from it for the next one."""
         self._iteration += 1
-        names = list(self._prompts)
+        names = list(self._sources.prompts)
         if self._iteration == self.args.num_iterations:
             names.remove("train")
-        with self._sampling():
-            by_name = {
-                name: {objective: self._collect(name, objective) for objective in self.objectives}
-                for name in names
-            }
+        before = self._value_model(self._iteration - 1)
+        by_name = self._collection.of_policies(names, self.state, self._iteration, before)
         if set(names) - {"train"}:
             config = self.value_config
             measures = {
@@ -861,7 +475,7 @@ class MAVISTrainer(Trainer):
             }
             self._history.add(measures, config.reward_mean, config.reward_std)
             measured = self._history.policies[-1]
-            scales = load_config(str(self._value_model(self._iteration - 1))).candidate_scale
+            scales = load_config(str(before)).candidate_scale
             for name, scale in zip(self.objectives, scales or []):
                 measured[name]["candidate_scale"] = scale
             self.log(
@@ -882,17 +496,17 @@ class MAVISTrainer(Trainer):
             self._pack({name: list(chain(*trees.values())) for name, trees in by_name.items()})
             return
         self._trees += chain(*by_name["train"].values())
-        folder = self._rollout_dir() / f"iteration-{self._iteration}"
-        self._heads.pack_policies(
-            {name: {o: folder / o / name for o in self.objectives} for name in by_name},
-            str(self._value_model(self._iteration - 1)),
-        )
+        folders = {
+            name: {o: self._collection.policy_folder(self._iteration, o, name) for o in of}
+            for name, of in by_name.items()
+        }
+        self._heads.pack_policies(folders, str(before))
 
     def _pack(self, trees: dict[str, list[Tree]]) -> None:
         """Makes an iteration's datasets: all rollouts so far to train on, its own to evaluate."""
         self._trees += trees["train"]
         if self._heads is not None:
-            self._heads.pack({name: self._folders(name) for name in trees})
+            self._heads.pack({name: self._collection.folders(name) for name in trees})
             return
         args, config = self.args, self.value_config
         mean, std = np.array(config.reward_mean), np.array(config.reward_std)
@@ -903,9 +517,9 @@ class MAVISTrainer(Trainer):
             std=std,
             max_length=args.max_length,
             kl_penalty=args.kl_penalty,
-            pairs=self._pairs,
+            pairs=self._sources.pairs,
         )
-        sampled, of_data = self._sources(self._trees)
+        sampled, of_data = self._sources.split(self._trees)
         self.train_dataset = pack(sampled, leaf_fraction=args.leaf_fraction, seed=args.seed)
         # The bottom layer of responses that are there already is all that there is.
         self.train_dataset.sequences += pack(of_data).sequences
@@ -1002,11 +616,7 @@ class MAVISTrainer(Trainer):
     @property
     def on_policy(self) -> bool:
         """Whether what is learnt from was sampled by the policy that it is taken to be of."""
-        return all(responses.from_base for responses in self._responses.values())
-
-    @functools.cached_property
-    def _base_weights(self) -> str:
-        return weights_fingerprint(self.base_model, self.args.model_init_kwargs)
+        return self._sources.on_policy
 
     @functools.cached_property
     def _first_weights(self) -> str:
@@ -1023,7 +633,7 @@ class MAVISTrainer(Trainer):
         self._trainings += 1
         inputs: dict[str, Any] = {
             "arguments": arguments_of(self.args),
-            "base model": self._base_weights,
+            "base model": self._collection.base_weights,
             "start": start,
         }
         for adapter in getattr(self.model, "peft_config", {}).values():
@@ -1286,7 +896,7 @@ class MAVISTrainer(Trainer):
         )
         values, labels = outputs.logits, inputs["labels"]
         known = ~labels.isnan()
-        if self._pairs:
+        if self._sources.pairs:
             ends, depths = inputs["siblings"][:, 2:], inputs["depths"].flatten()
             loss = pair_loss(values.flatten(), ends, depths, inputs["margins"])
         else:
@@ -1384,11 +994,6 @@ def sorted_text(value: Any) -> Any:
 def held_out(by_name: Mapping[str, Sequence[Tree]]) -> list[Tree]:
     """Of trees by dataset those of all that are evaluated on."""
     return [tree for name, trees in by_name.items() if name != "train" for tree in trees]
-
-
-def rollout_dir(args: Any) -> Path:
-    """Where the rollouts are."""
-    return Path(args.rollout_dir or Path(args.output_dir) / "rollouts")
 
 
 def check_can_be_added(config: MAVISValueConfig, args: MAVISConfig, added: list[str]) -> None:

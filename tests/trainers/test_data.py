@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ from trimtab.trainers.rewards import reward_statistics
 from trimtab.trainers.samplers import prompt_log_probs
 from trimtab.trainers.trees import MARGIN, Node, Tree
 
-from .conftest import END, VOCABULARY, WORDS, guided_texts, make_tokenizer
+from .conftest import END, ROOT, VOCABULARY, WORDS, guided_texts, make_tokenizer
 from .test_head_training import FIELDS, goodness
 from .test_mavis_trainer import config, prompts, redness
 
@@ -108,7 +107,7 @@ def mean_goodness_in_vllm(base_model, folder):
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         capture_output=True,
         text=True,

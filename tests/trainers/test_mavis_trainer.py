@@ -334,7 +334,7 @@ def test_the_chat_template_is_told_what_serving_tells_it(base_model, tmp_path):
     def ids(**fields):
         args = config(tmp_path, **fields)
         made = MAVISTrainer(base_model, args, REWARDS, data, processing_class=tokenizer)
-        return made._prompt_ids["train"][0]
+        return made._sources.prompt_ids["train"][0]
 
     red = VOCABULARY.index("red")
     assert ids(chat_template_kwargs={"word": "red"}) == [red, *ids()]
@@ -351,7 +351,7 @@ def test_a_prompt_that_begins_with_its_first_token_gets_no_second_one(base_model
     data = Dataset.from_dict({"prompt": ["a b", "<user> a b"]})
     made = MAVISTrainer(base_model, config(tmp_path), REWARDS, data, processing_class=tokenizer)
     a, b = (VOCABULARY.index(word) for word in "ab")
-    assert made._prompt_ids["train"] == [[user, a, b]] * 2
+    assert made._sources.prompt_ids["train"] == [[user, a, b]] * 2
 
 
 def test_conversational_prompts_and_columns_reach_the_rewards(base_model, tmp_path):
@@ -386,7 +386,7 @@ def test_failing_reward_function_leaves_rollouts_to_resume_from(base_model, tmp_
     assert len(kept) == 8
     flaky.broken = False
     made = trainer(base_model, tmp_path, {"flaky": flaky}, num_train_epochs=1)
-    made._make_sampler = None  # nothing is left to sample
+    made._collection.make_sampler = None  # nothing is left to sample
     made.train()
     assert [t.nodes for t in read_rollouts(tmp_path / "rollouts" / "train")] == [
         t.nodes for t in kept
@@ -505,7 +505,7 @@ def test_chat_template_gets_the_tools_of_a_row(base_model, tmp_path):
     for column in (tools, list(map(json.dumps, tools))):
         data = Dataset.from_dict({"prompt": asked, "tools": column})
         made = MAVISTrainer(base_model, config(tmp_path), REWARDS, data, processing_class=tokenizer)
-        seen = [tokenizer.decode(ids) for ids in made._prompt_ids["train"]]
+        seen = [tokenizer.decode(ids) for ids in made._sources.prompt_ids["train"]]
         # A field that another row has is none of this row's.
         unknown = "<unk>"
         assert seen == [
@@ -706,7 +706,7 @@ def test_rewards_that_do_not_apply_are_left_out(base_model, tmp_path, head_type)
     assert 0 < len(known) < len(trees) - 3
     expected = np.mean([tree.values("sometimes")[0] for tree in known])
     assert made.value_config.reward_mean[0] == pytest.approx(expected)
-    unknown = {i for i in range(24) if made._prompts["train"][i]["prompt"][0] == "a"}
+    unknown = {i for i in range(24) if made._sources.prompts["train"][i]["prompt"][0] == "a"}
     sequences = getattr(made.train_dataset, "sequences", None) or made.train_dataset.items
     assert len(unknown) == 3 and not unknown & {s["tree"] for s in sequences}, "nothing to learn"
     assert all(torch.isfinite(x).all() for x in made.model.parameters())

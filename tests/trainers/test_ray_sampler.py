@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from trimtab.trainers import mavis_config, mavis_trainer
+from trimtab.trainers import collection, mavis_config
 from trimtab.trainers.ray_sampler import RaySampler
 from trimtab.trainers.samplers import TransformersSampler, VLLMSampler
 
@@ -50,7 +50,7 @@ def test_every_iteration_samples_in_the_workers(base_model, tmp_path, monkeypatc
         shared = ("model", "config", "eos_token_ids", "value_models", "beta")
         return TransformersSampler(**{name: kwargs[name] for name in shared})
 
-    monkeypatch.setattr(mavis_trainer, "RaySampler", sampler)
+    monkeypatch.setattr(collection, "RaySampler", sampler)
     trainer(
         base_model, tmp_path, num_iterations=2, top_k=5, use_vllm=True, num_ray_workers=2,
         layers=1, num_train_epochs=1, eval_dataset=prompts(2, 8),

@@ -497,7 +497,7 @@ def test_later_iterations_go_on_from_what_servers_sampled(base_model, tmp_path, 
     with pytest.raises(ValueError, match="with num_iterations=1, then set num_iterations=2"):
         trainer(base_model, tmp_path, vllm_server_base_url=url, num_iterations=2, **fields)
     made = trainer(base_model, tmp_path, use_vllm=True, num_iterations=2, **fields)
-    monkeypatch.setattr(made, "_make_sampler", lambda: pytest.fail("samples again"))
+    monkeypatch.setattr(made._collection, "make_sampler", lambda _: pytest.fail("samples again"))
     made.collect_rollouts()
     same(made._trees, expected)
 
