@@ -124,7 +124,7 @@ def warnings():
     handler.emit = lambda record: found.append(record.getMessage())
     loggers = [
         transformers_logging.get_logger(f"trimtab.trainers.{name}")
-        for name in ("data", "mavis_trainer")
+        for name in ("collection", "data", "sources")
     ]
     for logger in loggers:
         logger.addHandler(handler)
@@ -212,7 +212,7 @@ def test_conversations_end_where_the_model_would_end_them(base_model, tmp_path):
         "x": 1.0,
     }
     made = trainer(base_model, tmp_path, Dataset.from_list([row]), processing_class=tokenizer)
-    (tree,) = made._responses["train"].trees
+    (tree,) = made._sources.responses["train"].trees
     texts = [tokenizer.decode(node.tokens) for node in tree.nodes]
     assert texts == ["<user> a b <assistant>", "good <end>"]
 
@@ -423,7 +423,7 @@ def test_responses_without_a_score_are_left_out(base_model, tmp_path, warnings):
     rows = [{"prompt": "a b", "completion": f" {c}", "x": x, "y": y}
             for c, x, y in (("c", None, None), ("d", 1.0, None), ("e", None, 2.0))]  # fmt: skip
     made = trainer(base_model, tmp_path, Dataset.from_list(rows))
-    (tree,) = made._responses["train"].trees
+    (tree,) = made._sources.responses["train"].trees
     np.testing.assert_array_equal(tree.rewards["x"], [np.nan, 1, np.nan])
     np.testing.assert_array_equal(tree.rewards["y"], [np.nan, np.nan, 2])
     assert "1 of the 3 rows of `train_dataset` have no score" in warnings[0]
@@ -629,7 +629,7 @@ def test_pairs_in_a_file_train_values_that_guide(base_model, tokenizer, tmp_path
 def test_implicit_prompts_are_those_in_a_column(base_model, tmp_path):
     rows = paired(6)
     found = [
-        trainer(base_model, tmp_path, Dataset.from_list(x))._responses["train"].trees
+        trainer(base_model, tmp_path, Dataset.from_list(x))._sources.responses["train"].trees
         for x in (rows, implicit(rows))
     ]
     # Unless both responses begin alike, which then is the prompt's.
@@ -809,7 +809,7 @@ STEPWISE = [
 def test_a_steps_tokens_learn_the_next_label(base_model, tokenizer, tmp_path):
     """Against labels and returns of every response by itself, token by token."""
     made = trainer(base_model, tmp_path, Dataset.from_list(STEPWISE), max_completion_length=4)
-    trees = made._responses["train"].trees
+    trees = made._sources.responses["train"].trees
     assert [tree.prompt_index for tree in trees] == [0, 1]
     batch = collate_rows(items_of(trees, ["labels"]))
     values = torch.randn(len(batch["tokens"]), 1)
@@ -858,7 +858,7 @@ def test_steps_are_lines_and_turns_of_an_assistant(base_model, tmp_path):
         {"prompt": prompt, "completions": ["good ", "a", " b"], "labels": [True, None, False]},
     ]
     made = trainer(base_model, tmp_path, Dataset.from_list(rows), processing_class=tokenizer)
-    (tree,) = made._responses["train"].trees
+    (tree,) = made._sources.responses["train"].trees
     texts = [tokenizer.decode(node.tokens) for node in tree.nodes]
     assert texts == ["<user> a b <assistant>", "good red", "bad", "good", "a b"]
     assert [node.parent for node in tree.nodes] == [-1, 0, 1, 0, 3]
