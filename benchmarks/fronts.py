@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from trimtab.plugins.value_config import load_config
 from trimtab.trainers import Policy, Response, evaluate, sweep, write_report
 from trimtab.trainers.base_model import end_tokens
-from trimtab.trainers.iterations import guidance_fingerprint
+from trimtab.trainers.fingerprints import guidance_fingerprint
 from trimtab.trainers.samplers import VLLMSampler
 from trimtab.trainers.trees import TreeConfig
 

@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> None:
         # All are there.
         trainer._collection.collect = lambda name, state: read_rollouts(args.folder)
         trainer.train()
-        count = len(trainer._trees)
+        count = len(trainer._iterations.trees)
         print(json.dumps([count, before, watch.most, time.monotonic() - began]))
 
 

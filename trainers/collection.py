@@ -18,8 +18,7 @@ from transformers.utils import logging
 from .base_model import load_base_model, precision_of, vllm_source_of
 from .data import check_log_probs, store_responses
 from .files import write_json
-from .fingerprints import identify, weights_fingerprint
-from .iterations import guidance_fingerprint
+from .fingerprints import guidance_fingerprint, identify, weights_fingerprint
 from .ray_sampler import RaySampler
 from .rewards import RewardLog
 from .rollouts import collect_rollouts, read_rollouts, switch_policy

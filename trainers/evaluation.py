@@ -21,7 +21,7 @@ from trimtab.plugins.client import find_server
 from trimtab.plugins.value_config import MAVISValueConfig, load_config
 
 from .base_model import end_tokens
-from .iterations import guidance_fingerprint
+from .fingerprints import guidance_fingerprint
 from .pareto import Point, Policy, Response, evaluate, simplex_weights, sweep
 from .pareto_report import write_report
 from .samplers import Piece, ServerSampler, TransformersSampler, VLLMSampler

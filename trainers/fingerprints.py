@@ -27,6 +27,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from trimtab.plugins.value_config import load_config
+
 logger = logging.get_logger(__name__)
 
 # Of a larger tensor this much is read: blocks at even distances, the first and the last among them.
@@ -185,6 +187,20 @@ def _blocks(size: int) -> list[tuple[int, int]]:
         return [(0, size)]
     starts = [i * (size - BLOCK) // (BLOCKS - 1) for i in range(BLOCKS)]
     return [(start, start + BLOCK) for start in starts]
+
+
+def guidance_fingerprint(folder: str | Path) -> str:
+    """Tells the policies of a value model from another's: a hash of its weights and its scale."""
+    digest = hashlib.sha256()
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{str(folder)!r} has no weights")
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    if (Path(folder) / "config.json").exists():  # an adapter to train on has none
+        digest.update(json.dumps(load_config(str(folder)).candidate_scale).encode())
+    return digest.hexdigest()[:16]
 
 
 def state_fingerprint(module: Any) -> str:

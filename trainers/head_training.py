@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -623,19 +623,44 @@ class HeadTraining(TrainerCallback):
             Whose rollouts and arguments it uses.
     """
 
+    metrics = HeadMetrics
+
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.best: tuple[float, dict[str, Any], dict[str, torch.Tensor]] | None = None
         self.held_out: list[dict[str, Any]] = []
         self.embedding = torch.empty(0)
 
-    def pack(self, folders: Mapping[str, Sequence[Path]]) -> None:
+    def prepare(self, model: Any, args: Any, peft_config: Any) -> Any:
+        """The model as it is trained. Raises `ValueError` where it cannot be."""
+        sources = self.trainer._sources
+        if peft_config is not None:
+            raise ValueError(
+                "`peft_config` is for a backbone, and heads on the base model's hidden state "
+                "have none: leave it out, or set head_type='state'"
+            )
+        count = len(sources.prompt_ids["train"])
+        if sources.responses:
+            count = min(count, len(sources.responses["train"].trees))
+        if len(sources.sets) == 1 and count < HELD_OUT:
+            raise ValueError(
+                f"`train_dataset` has {count} prompts, and heads are chosen and "
+                f"scaled by held-out ones: give an `eval_dataset`, or at least {HELD_OUT} "
+                "prompts, of which one in so many is held out"
+            )
+        return model
+
+    def collator(self, model: Any) -> Callable[..., dict[str, torch.Tensor]]:
+        """Of rows of hidden states."""
+        return collate_rows
+
+    def pack(self, trees: Iterable[str]) -> None:
         """
-        Makes the trainer's datasets of the base model's rollouts in `folders`, by dataset, with
-        their hidden states.
+        Makes the trainer's datasets of the base model's rollouts, by dataset, with their hidden
+        states.
         """
         trainer = self.trainer
-        items, held_out = self._read(folders)
+        items, held_out = self._read({name: trainer._collection.folders(name) for name in trees})
         self.held_out = list(chain(*held_out.values()))
         for i, name in enumerate(trainer.objectives):
             told = [
@@ -656,7 +681,9 @@ class HeadTraining(TrainerCallback):
         add_baseline(items, self.held_out, self.embedding, model.value.weight.device)
         add_excess(items, trainer.args.gae_lambda)
 
-    def pack_policies(self, folders: Mapping[str, Mapping[str, Path]], value_model: str) -> None:
+    def pack_policies(
+        self, trees: Mapping[str, Iterable[str]], iteration: int, value_model: Path
+    ) -> None:
         """
         Adds rollouts of each objective's own policy to those that are learnt from.
 
@@ -664,18 +691,22 @@ class HeadTraining(TrainerCallback):
         its returns exceed that policy's values by.
 
         Args:
-            folders (`dict[str, dict[str, Path]]`):
-                By dataset, then by objective.
-            value_model (`str`):
+            trees (`dict[str, dict[str, list[Tree]]]`):
+                By dataset, then by objective, of which they are read again from their folders.
+            iteration (`int`):
+                That they were sampled for.
+            value_model (`Path`):
                 Folder of the heads that guided them.
         """
-        trainer = self.trainer
+        trainer, folder_of = self.trainer, self.trainer._collection.policy_folder
         device = trainer.accelerator.unwrap_model(trainer.model).value.weight.device
-        heads: Any = MAVISValueModel.load(value_model)
+        heads: Any = MAVISValueModel.load(str(value_model))
         guide = HeadGuide([heads], 1, device)
         by_name: dict[str, list[Any]] = {}
         for i, name in enumerate(trainer.objectives):
-            items, parts = self._read({split: [of[name]] for split, of in folders.items()})
+            items, parts = self._read(
+                {split: [folder_of(iteration, name, split)] for split in trees}
+            )
             held_out = list(chain(*parts.values()))
             weights = torch.zeros(1, len(trainer.objectives), device=device)
             weights[0, i] = trainer.args.beta * heads.config.candidate_scale[i]
@@ -807,7 +838,7 @@ class HeadTraining(TrainerCallback):
         epochs = state.epoch or 0.0
         # What an iteration begins with may be the best; and so may the end of an epoch, at which a
         # checkpoint may have been made before it was measured.
-        if (epochs or self.trainer._iteration) and abs(epochs - round(epochs)) < 1e-6:
+        if (epochs or self.trainer._iterations.current) and abs(epochs - round(epochs)) < 1e-6:
             self._consider()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -858,3 +889,9 @@ class HeadTraining(TrainerCallback):
                     )
                 )
         model.write_table(self.embedding)
+
+    def conclude(self, kept: MAVISValueConfig | None) -> None:
+        """Takes up the measures of the heads that are kept of several iterations."""
+        if kept is not None:
+            held_out = (kept.provenance or {})["held_out"]
+            self.trainer.value_config.provenance["held_out"] = held_out

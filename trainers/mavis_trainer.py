@@ -7,18 +7,12 @@ resuming, logging, distribution and the hub are those of [`~transformers.Trainer
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -34,56 +28,32 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
-from trimtab.plugins.cards import model_card, provenance
-from trimtab.plugins.engine import check_servable
+from trimtab.plugins.cards import model_card
 from trimtab.plugins.heads import MAVISValueHeads
-from trimtab.plugins.value_config import MAVISValueConfig, load_config, tokenizer_fingerprint
+from trimtab.plugins.value_config import MAVISValueConfig, tokenizer_fingerprint
 from trimtab.plugins.value_model import MAVISValueModel
 
 from .base_model import end_tokens, is_value_model, load_base_model, source_of
-from .candidates import (
-    RANGE_POSITIONS,
-    RANGE_SEQUENCES,
-    add_candidates,
-    advantage_slopes,
-    candidate_differences,
-)
 from .collection import Collection
 from .data import as_given
 from .files import write_json
-from .fingerprints import state_fingerprint
 from .head_training import (
-    HELD_OUT,
-    HeadMetrics,
     HeadTraining,
     further_heads,
     joined_config,
     joined_heads,
 )
-from .hidden_states import collate_rows
-from .iterations import PolicyHistory, guidance_fingerprint
+from .iterations import Iterations
 from .mavis_config import MAVISConfig
-from .packing import TreeDataset
-from .preferences import pair_loss
 from .run_state import (
     INPUTS,
-    RunState,
-    arguments_of,
-    checkpoint_problem,
-    checkpoints,
-    differences,
-    trees_fingerprint,
 )
 from .sources import Sources
 from .state_training import (
-    QUARTERS,
-    ValueMetrics,
-    check_tree_attention,
+    StateTraining,
     refuse_data_parallel,
-    tree_collator,
-    wrap_backbone,
 )
-from .trees import Tree, TreeConfig
+from .trees import TreeConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -220,9 +190,6 @@ class MAVISTrainer(Trainer):
     value_config: Any  # of the model that is trained
     base_model: str
     _metrics: dict[str, Any]  # by mode
-    _run: RunState
-    _inputs: dict[str, Any]  # what the training that runs is made from
-    _trainings = 0  # that this trainer has begun
     _prefix = "eval"  # of the metrics
 
     def __init__(
@@ -306,11 +273,6 @@ class MAVISTrainer(Trainer):
             top_p=args.top_p,
             seed=args.seed,
         )
-        self._base_trees: dict[str, list[Tree]] = {}  # by dataset, once they are collected
-        self._iteration = 0
-        self._trees: list[Tree] = []  # of all iterations so far
-        self._scale_sequences: list[dict[str, Any]] = []
-        self._history = PolicyHistory(args.beta)
         if args.num_iterations > 1 and optimizers != (None, None):
             raise ValueError(
                 "`optimizers` serve one training: give them with num_iterations=1, or choose them "
@@ -353,41 +315,19 @@ class MAVISTrainer(Trainer):
         self.value_config = value_model.config
         revision = source_of(args).get("revision", "main")
         self.eos_token_ids = end_tokens(base_model, processing_class, revision)
-        self._heads = HeadTraining(self) if self.value_config.head_type == "hidden" else None
+        hidden = self.value_config.head_type == "hidden"
+        self._training: Any = HeadTraining(self) if hidden else StateTraining(self)
         reads = self.value_config.backbone_config
         if reads is None:
             of_base: Any = AutoConfig.from_pretrained(base_model, **source_of(args))
             reads = of_base.get_text_config()
         context = getattr(reads, "max_position_embeddings", None)
         self._sources.read(processing_class, self.eos_token_ids, base_model, context)
-        if self._heads is not None:
-            if peft_config is not None:
-                raise ValueError(
-                    "`peft_config` is for a backbone, and heads on the base model's hidden state "
-                    "have none: leave it out, or set head_type='state'"
-                )
-            count = len(self._sources.prompt_ids["train"])
-            if self._sources.responses:
-                count = min(count, len(self._sources.responses["train"].trees))
-            if len(self._sources.sets) == 1 and count < HELD_OUT:
-                raise ValueError(
-                    f"`train_dataset` has {count} prompts, and heads are chosen and "
-                    f"scaled by held-out ones: give an `eval_dataset`, or at least {HELD_OUT} "
-                    "prompts, of which one in so many is held out"
-                )
-        else:
-            check_servable(value_model, self._sources.longest)
-            value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
-        if peft_config is not None:
-            value_model = wrap_backbone(value_model, peft_config)
-            value_model.get_input_embeddings().requires_grad_(args.train_embeddings)
-
+        value_model = self._training.prepare(value_model, args, peft_config)
         super().__init__(
             model=value_model,
             args=args,
-            data_collator=collate_rows
-            if self._heads is not None
-            else tree_collator(value_model, self.eos_token_ids),
+            data_collator=self._training.collator(value_model),
             train_dataset=self._sources.sets["train"],
             eval_dataset=as_given(self._sources.sets),
             processing_class=processing_class,
@@ -398,11 +338,9 @@ class MAVISTrainer(Trainer):
         # Evaluation computes the loss only if both are set.
         self.can_return_loss = True
         self.label_names = []
-        metrics: Any = ValueMetrics
-        if self._heads is not None:
-            metrics = HeadMetrics
-            self.add_callback(self._heads)
-        self._metrics = {name: metrics(self.objectives) for name in ("train", "eval")}
+        if isinstance(self._training, TrainerCallback):
+            self.add_callback(self._training)
+        self._metrics = {x: self._training.metrics(self.objectives) for x in ("train", "eval")}
         self._collection = Collection(
             args,
             self._sources,
@@ -414,6 +352,7 @@ class MAVISTrainer(Trainer):
             self.accelerator,
             self.log,
         )
+        self._iterations = Iterations(self)
 
     def collect_rollouts(self) -> None:
         """
@@ -427,105 +366,7 @@ class MAVISTrainer(Trainer):
                 return a finite number or `None` for each response.
             RuntimeError: A reward function raises. What was sampled is kept.
         """
-        if self._base_trees:
-            return
-        trees = self._collection.of_base_model(self.state)
-        config = self.value_config
-        config.reward_mean, config.reward_std = self._sources.statistics(trees["train"])
-        self._base_trees = trees
-        self._begin_iterations()
-        if self._heads is None:
-            check_tree_attention(self, self.train_dataset.sequences)
-        if self._heads is None and self.args.num_iterations > 1 and len(trees) > 1:
-            given = self.eval_dataset
-            packed = given.values() if isinstance(given, dict) else [given]
-            self._scale_sequences = [dict(s) for part in packed for s in part.sequences]
-
-    def _begin_iterations(self) -> None:
-        """Everything as before the first iteration, but for the weights."""
-        config, trees = self.value_config, self._base_trees
-        self._iteration, self._trees = 0, []
-        config.candidate_scale = None  # what it came with is of other values
-        training = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-        rollouts, within = self._sources.describe(self.tree_config)
-        config.provenance = provenance(
-            rollouts=rollouts,
-            training={name: getattr(self.args, name) for name in (*training, "leaf_fraction")},
-            reward_std=within,
-        )
-        self._pack(trees)
-        self._history = PolicyHistory(self.args.beta)
-        if len(trees) > 1 and self.args.num_iterations > 1:
-            base = dict.fromkeys(self.objectives, held_out(trees))
-            self._history.add(base, config.reward_mean, config.reward_std)
-
-    def _collect_from_policy(self) -> None:
-        """Measures the policy of the last iteration, and samples from it for the next one."""
-        self._iteration += 1
-        names = list(self._sources.prompts)
-        if self._iteration == self.args.num_iterations:
-            names.remove("train")
-        before = self._value_model(self._iteration - 1)
-        by_name = self._collection.of_policies(names, self.state, self._iteration, before)
-        if set(names) - {"train"}:
-            config = self.value_config
-            measures = {
-                objective: held_out({name: of[objective] for name, of in by_name.items()})
-                for objective in self.objectives
-            }
-            self._history.add(measures, config.reward_mean, config.reward_std)
-            measured = self._history.policies[-1]
-            scales = load_config(str(before)).candidate_scale
-            for name, scale in zip(self.objectives, scales or []):
-                measured[name]["candidate_scale"] = scale
-            self.log(
-                {
-                    f"policy/{measure}/{name}": measured[name][measure]["value"]
-                    for name in self.objectives
-                    for measure in ("reward", "kl", "objective", "improvement")
-                }
-            )
-            if self.is_world_process_zero():
-                self._history.write(Path(self.args.output_dir))
-            if self.args.monotonic_check:
-                for message in self._history.warnings():
-                    logger.warning(message)
-        if "train" not in by_name:
-            return
-        if self._heads is None:
-            self._pack({name: list(chain(*trees.values())) for name, trees in by_name.items()})
-            return
-        self._trees += chain(*by_name["train"].values())
-        folders = {
-            name: {o: self._collection.policy_folder(self._iteration, o, name) for o in of}
-            for name, of in by_name.items()
-        }
-        self._heads.pack_policies(folders, str(before))
-
-    def _pack(self, trees: dict[str, list[Tree]]) -> None:
-        """Makes an iteration's datasets: all rollouts so far to train on, its own to evaluate."""
-        self._trees += trees["train"]
-        if self._heads is not None:
-            self._heads.pack({name: self._collection.folders(name) for name in trees})
-            return
-        args, config = self.args, self.value_config
-        mean, std = np.array(config.reward_mean), np.array(config.reward_std)
-        pack = functools.partial(
-            TreeDataset,
-            objectives=self.objectives,
-            mean=mean,
-            std=std,
-            max_length=args.max_length,
-            kl_penalty=args.kl_penalty,
-            pairs=self._sources.pairs,
-        )
-        sampled, of_data = self._sources.split(self._trees)
-        self.train_dataset = pack(sampled, leaf_fraction=args.leaf_fraction, seed=args.seed)
-        # The bottom layer of responses that are there already is all that there is.
-        self.train_dataset.sequences += pack(of_data).sequences
-        if len(trees) > 1:
-            packed = {name: pack(of) for name, of in trees.items() if name != "train"}
-            self.eval_dataset = as_given(packed)
+        self._iterations.collect()
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -566,272 +407,23 @@ class MAVISTrainer(Trainer):
                 f"iteration itself; got {resume!r}"
             )
         self.collect_rollouts()
-        if self._trainings:
-            self._begin_iterations()
-        run = self._begin_run()
-        warmup_steps = self.args.warmup_steps
-        output = None
-        try:
-            for iteration in range(self.args.num_iterations):
-                if several:
-                    self.optimizer = self.lr_scheduler = None
-                    self.model_wrapped = self.model
-                if iteration:
-                    # A schedule of its own, without warm-up: the values are near already.
-                    self.args.warmup_steps = 0
-                    run["start"] = self._run.iterations[iteration - 1]["weights"]["value_model"]
-                self._inputs = {**run, **self._data()}
-                if resume and self._is_finished(iteration):
-                    self._load_from_checkpoint(str(self._weights(iteration)))
-                else:
-                    output = self._train_once(iteration, resume, *args, **kwargs)
-                    resume = False
-                    weights = self._save_iteration() if several else {}
-                    self._run.finish(iteration, weights, self.is_world_process_zero())
-                if several:
-                    self._collect_from_policy()
-        finally:
-            self.args.warmup_steps = warmup_steps
-        measured = len(self._history.policies) > 1
-        if measured or (several and self._heads is not None):
-            kept = self._history.best() if measured else self.args.num_iterations - 1
-            self._load_from_checkpoint(str(self._weights(kept)))
-            found = load_config(str(self._value_model(kept)))
-            self.value_config.candidate_scale = found.candidate_scale
-            if self._heads is not None:
-                self.value_config.provenance["held_out"] = (found.provenance or {})["held_out"]
-        if measured:
-            logger.info(f"the policies of iteration {kept} are the best")
-            self.value_config.provenance["iterations"] = {
-                **self._history.to_json(),
-                "kl_penalty": self.args.kl_penalty,
-                "kept": kept,
-            }
-        if self._heads is None:
-            self._measure_candidate_range()
-        elif not several:
-            self._heads.finish()
-        return output
+        return self._iterations.train(resume, *args, **kwargs)
 
     @property
     def on_policy(self) -> bool:
         """Whether what is learnt from was sampled by the policy that it is taken to be of."""
         return self._sources.on_policy
 
-    @functools.cached_property
-    def _first_weights(self) -> str:
-        """Of the model as it was given, or made from the base model."""
-        return state_fingerprint(self.model)
-
-    def _begin_run(self) -> dict[str, Any]:
-        """What all iterations of this call of `train` are made from."""
-        start = self._first_weights
-        if self._trainings:
-            start = f"{start}, trained {self._trainings} times before"
-        self._run = RunState.read(self.args.output_dir)
-        self.accelerator.wait_for_everyone()  # before one of the processes writes it
-        self._trainings += 1
-        inputs: dict[str, Any] = {
-            "arguments": arguments_of(self.args),
-            "base model": self._collection.base_weights,
-            "start": start,
-        }
-        for adapter in getattr(self.model, "peft_config", {}).values():
-            fields = json.loads(json.dumps(adapter.to_dict(), default=sorted_text))
-            for name in ("base_model_name_or_path", "auto_mapping", "peft_version"):
-                fields.pop(name, None)  # the same weights may be elsewhere
-            inputs["adapter"] = fields
-        return inputs
-
-    def _train_once(
-        self, iteration: int, resume: str | bool | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Trains as [`~transformers.Trainer`] does; what it resumes had the same inputs."""
-        before = self._run.entry(iteration)
-        changed = self._changed(before["inputs"]) if before else []
-        checkpoint = None
-        if resume and changed:
-            self._refuse_to_resume(changed)
-        if resume and (before or not self._run.iterations):
-            checkpoint = self._checkpoint(resume, known=before is not None)
-        if changed:
-            logger.warning(
-                f"{self.args.output_dir!r} holds an earlier run, and {'; '.join(changed)}: what "
-                "that run trained is not used, and is replaced"
-            )
-        self._run.begin(iteration, self._inputs, self.is_world_process_zero())
-        if self._heads is not None:
-            self._heads.resume(checkpoint)
-        # Engines and reward functions have drawn random numbers, or not where all is stored.
-        set_seed(self.args.seed)
-        return Trainer.train(self, checkpoint, *args, **kwargs)
-
-    def _changed(self, inputs: Mapping[str, Any]) -> list[str]:
-        fields = dataclasses.fields(self.args)
-        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        return differences(inputs, self._inputs, defaults)
-
-    def _refuse_to_resume(self, changed: Sequence[str]) -> None:
-        raise ValueError(
-            f"what {self.args.output_dir!r} holds cannot be resumed: {'; '.join(changed)}. Give "
-            "what it was made with, or another `output_dir`; without `resume_from_checkpoint` it "
-            "is trained anew, from the rollouts that are there"
-        )
-
-    def _checkpoint(self, resume: str | bool, known: bool) -> str | None:
-        """
-        The checkpoint to go on with: the one given, or the last complete one of the same inputs.
-        `known` says that this run has begun before, so that others are left by an earlier one.
-        """
-        run_dir, given = self._get_output_dir(None), isinstance(resume, str)
-        others: list[str] = []
-        for folder in [Path(resume)] if isinstance(resume, str) else checkpoints(Path(run_dir)):
-            problem = checkpoint_problem(folder, not self.args.save_only_model)
-            if problem and given:
-                raise ValueError(
-                    f"the checkpoint {resume!r} is not complete, {problem}; give another one, or "
-                    "`resume_from_checkpoint=True`, which takes the last complete one"
-                )
-            stamp = folder / INPUTS
-            changed = ["it does not say what it was made from"]
-            if stamp.exists() and not problem:
-                changed = self._changed(json.loads(stamp.read_text()))
-            elif given:
-                logger.warning(
-                    f"{resume!r} does not say what it was made from: whether it belongs to these "
-                    "rollouts and arguments cannot be checked"
-                )
-                changed = []
-            if not problem and not changed:
-                return str(folder)
-            if not problem and (given or not known):
-                others = others or changed
-            else:
-                logger.warning(f"{str(folder)!r} is skipped: {problem or '; '.join(changed)}")
-        if others:
-            self._refuse_to_resume(others)
-        logger.warning(f"no checkpoint in {run_dir!r} yet: training begins")
-        return None
-
-    def _data(self) -> dict[str, Any]:
-        """What the iteration learns from, of [`RunState`]'s inputs."""
-        data: dict[str, Any] = {"rollouts": trees_fingerprint(self._trees)}
-        if not self.on_policy:
-            data["on policy"] = False
-        if len(self._base_trees) > 1:
-            data["eval rollouts"] = trees_fingerprint(held_out(self._base_trees))
-        return data
-
-    def _is_finished(self, iteration: int) -> bool:
-        """Whether an earlier run has finished the iteration from the same inputs."""
-        entry = self._run.entry(iteration)
-        if entry is None or not entry["finished"]:
-            return False
-        if changed := self._changed(entry["inputs"]):
-            self._refuse_to_resume(changed)
-        try:
-            if self._saved_weights(iteration) == entry["weights"]:
-                return True
-            problem = "it was changed"
-        except (OSError, ValueError) as error:
-            problem = str(error)
-        logger.warning(
-            f"{str(self._value_model(iteration))!r} is skipped, {problem}: the iteration is "
-            "trained again"
-        )
-        return False
-
     def _get_output_dir(self, trial: Any) -> str:
         """Where the checkpoints go."""
         folder = super()._get_output_dir(trial)
         if self.args.num_iterations > 1:
-            folder = str(Path(folder) / f"iteration-{self._iteration}")
+            folder = str(Path(folder) / f"iteration-{self._iterations.current}")
         return folder
-
-    def _value_model(self, iteration: int) -> Path:
-        """The value model that an iteration has ended with."""
-        return Path(self.args.output_dir) / f"iteration-{iteration}" / "value_model"
-
-    def _weights(self, iteration: int) -> Path:
-        """The same as training can take it up again: an adapter is not merged there."""
-        merged = is_peft_model(self.model) and self.args.merge_adapter
-        folder = self._value_model(iteration)
-        return folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-final") if merged else folder
-
-    def _saved_weights(self, iteration: int) -> dict[str, str]:
-        """Fingerprints of what an iteration has saved, for [`RunState`]."""
-        folders = {self._value_model(iteration), self._weights(iteration)}
-        return {folder.name: guidance_fingerprint(folder) for folder in folders}
-
-    def _save_iteration(self) -> dict[str, str]:
-        """Saves what the iteration has ended with, each folder whole or not at all."""
-        if self._heads is not None:
-            self._heads.finish()
-        elif self._scale_sequences:
-            self._measure_candidate_scale()
-        for folder in {self._value_model(self._iteration), self._weights(self._iteration)}:
-            partial = folder.with_name(f"{folder.name}.partial")
-            if self.is_world_process_zero():
-                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-            self.accelerator.wait_for_everyone()
-            self.save_model(str(partial), _internal_call=True)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-        self.accelerator.wait_for_everyone()
-        return self._saved_weights(self._iteration)
-
-    def _measure_candidate_scale(self) -> None:
-        """Sets the scale with which values guide, from the base model's `eval_dataset` rollouts."""
-        if "candidates" not in self._scale_sequences[0]:
-            self._add_candidates(self._scale_sequences, None)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with self.accelerator.autocast():
-            slopes = advantage_slopes(
-                model,
-                self._scale_sequences,
-                self.data_collator,
-                self.args.temperature,
-                self.is_world_process_zero(),
-            )
-        self.value_config.candidate_scale = [float(np.clip(s["value"], 0, 1)) for s in slopes]
-        for name, slope in zip(self.objectives, slopes):
-            self.log({f"candidate_scale/{name}/{key}": x for key, x in slope.items()})
-            if slope["low"] <= 0:
-                logger.warning(
-                    f"the values of {name!r} tell candidates apart hardly better than chance: "
-                    f"responses to `eval_dataset` bear out {slope['value']:.2g} [{slope['low']:.2g}"
-                    f", {slope['high']:.2g}] of the differences. More prompts or larger trees "
-                    "(`layers`) make values less noisy"
-                )
-
-    def _measure_candidate_range(self) -> None:
-        # Copies: the candidates are not for the training that may go on.
-        sequences = [dict(s) for s in self.train_dataset.sequences[:RANGE_SEQUENCES]]
-        self._add_candidates(sequences, RANGE_POSITIONS)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with self.accelerator.autocast():
-            ranges = candidate_differences(model, sequences, self.data_collator).float()
-        self.value_config.candidate_range = ranges.amax(0).tolist()
-        levels = torch.tensor([0.5, 0.99, 1.0], device=ranges.device)
-        for name, row in zip(self.objectives, torch.quantile(ranges, levels, dim=0).T.tolist()):
-            self.log({f"candidate_range/{name}/{p}": x for p, x in zip((50, 99, 100), row)})
 
     def load_base_model(self) -> PreTrainedModel:
         """The base model, in the precision that it was saved in unless `args` says otherwise."""
         return load_base_model(self.base_model, self.args)
-
-    def _add_candidates(self, sequences: list[dict[str, Any]], positions: int | None) -> None:
-        add_candidates(
-            sequences,
-            self.load_base_model(),
-            self.data_collator,
-            self.value_config.top_k,
-            positions,
-            self.eos_token_ids,
-            self.accelerator,
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -840,7 +432,7 @@ class MAVISTrainer(Trainer):
             prefix = f"{self._prefix}_" if mode == "eval" else ""
             logs.update({prefix + k: v for k, v in metrics.items()})
         if self.args.num_iterations > 1:
-            logs["iteration"] = self._iteration
+            logs["iteration"] = self._iterations.current
         super().log(logs, start_time)
 
     def evaluate(  # type: ignore[override]
@@ -886,40 +478,7 @@ class MAVISTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if self._heads is not None:
-            loss, outputs = self._heads.compute_loss(model, inputs)
-            return (loss, outputs) if return_outputs else loss
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=inputs["position_ids"],
-        )
-        values, labels = outputs.logits, inputs["labels"]
-        known = ~labels.isnan()
-        if self._sources.pairs:
-            ends, depths = inputs["siblings"][:, 2:], inputs["depths"].flatten()
-            loss = pair_loss(values.flatten(), ends, depths, inputs["margins"])
-        else:
-            # 0 where a batch knows nothing
-            loss = (values[known] - labels[known]).square().sum() / known.sum().clamp(min=1)
-        # Siblings at their first and at their last tokens
-        first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
-        tokens = inputs["input_ids"].flatten()
-        distinct = tokens[first_a] != tokens[first_b]
-        flat = values.flatten(0, 1)
-        with torch.no_grad():
-            # [2, n_pairs, n_objectives]
-            differences = torch.stack([flat[first_a] - flat[first_b], flat[last_a] - flat[last_b]])
-            labelled = known.any(-1)
-            self._metrics["train" if self.model.training else "eval"].add(
-                values[labelled],
-                labels[labelled],
-                # The first quarter holds depths 1 to a quarter of the longest response.
-                (inputs["depths"][labelled] - 1) * QUARTERS // self.args.max_completion_length,
-                differences,
-                inputs["sibling_labels"],
-                distinct,
-            )
+        loss, outputs = self._training.compute_loss(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -927,9 +486,8 @@ class MAVISTrainer(Trainer):
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super()._save(str(folder), state_dict=state_dict)
             if self.args.should_save:
-                if self._heads is not None:
-                    self._heads.save(folder)
-                write_json(folder / INPUTS, self._inputs)
+                self._training.save(folder)
+                write_json(folder / INPUTS, self._iterations.run.inputs)
         elif self.args.should_save:  # transformers 5.23 calls this in every process
             self._save_value_model(folder, state_dict)
 
@@ -984,16 +542,6 @@ class MAVISTrainer(Trainer):
             config = joined_config(self._kept.config, config)
         if self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(model_card(config))
-
-
-def sorted_text(value: Any) -> Any:
-    """Of what JSON has no form for: a set in order, anything else as text."""
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def held_out(by_name: Mapping[str, Sequence[Tree]]) -> list[Tree]:
-    """Of trees by dataset those of all that are evaluated on."""
-    return [tree for name, trees in by_name.items() if name != "train" for tree in trees]
 
 
 def check_can_be_added(config: MAVISValueConfig, args: MAVISConfig, added: list[str]) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .fingerprints import weights_fingerprint
-from .iterations import guidance_fingerprint
+from .fingerprints import guidance_fingerprint, weights_fingerprint
 from .samplers import Piece, VLLMSampler
 
 logger = logging.get_logger(__name__)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .files import write_json
-from .fingerprints import safetensors_header
+from .fingerprints import guidance_fingerprint, safetensors_header
 from .trees import Tree
 
 logger = logging.get_logger(__name__)
@@ -47,53 +48,163 @@ CHOOSING = re.compile(r"eval_.*|save_.*")  # matter where the best checkpoint is
 @dataclass
 class RunState:
     """
-    State of the run in a folder.
+    State of the run in `output_dir`.
 
     Args:
-        folder (`Path`):
-            The run's `output_dir`.
+        args ([`MAVISConfig`]):
+            Of the run that is made now.
+        write (`bool`):
+            Whether this is the process that writes it.
+        merged (`bool`):
+            Whether adapters are merged into the value models that are saved, so that the weights
+            to train on are saved beside them.
         iterations (`list[dict]`):
             For every iteration that has begun: `inputs`, `finished`, and `weights`, the
             fingerprints of what was saved.
+        inputs (`dict[str, Any]`):
+            What the iteration that is made now is made from.
     """
 
-    folder: Path
+    args: Any
+    write: bool
+    merged: bool
     iterations: list[dict[str, Any]] = field(default_factory=list)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: str | Path) -> RunState:
-        """Of the run that a folder holds; empty if there is none."""
-        path = Path(folder) / STATE
+    def read(cls, args: Any, write: bool, merged: bool) -> RunState:
+        """Of the run that `output_dir` holds; empty if there is none."""
+        path = Path(args.output_dir) / STATE
         if not path.exists():
-            return cls(Path(folder))
+            return cls(args, write, merged)
         try:
             found = json.loads(path.read_text())
             if found["format"] == FORMAT:
-                return cls(Path(folder), found["iterations"])
+                return cls(args, write, merged, found["iterations"])
             problem = f"has the format {found['format']}, this version reads {FORMAT}"
         except (ValueError, KeyError, TypeError) as error:
             problem = f"cannot be read ({error})"
         raise ValueError(f"{str(path)!r} {problem}: give another `output_dir`, or remove that file")
 
-    def entry(self, iteration: int) -> dict[str, Any] | None:
-        """What is known of an iteration."""
+    def value_model(self, iteration: int) -> Path:
+        """Folder of the value model that an iteration has ended with."""
+        return Path(self.args.output_dir) / f"iteration-{iteration}" / "value_model"
+
+    def weights(self, iteration: int) -> Path:
+        """The same as training can take it up again: an adapter is not merged there."""
+        folder = self.value_model(iteration)
+        return folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-final") if self.merged else folder
+
+    def folders(self, iteration: int) -> set[Path]:
+        """All that is saved of an iteration."""
+        return {self.value_model(iteration), self.weights(iteration)}
+
+    def _saved(self, iteration: int) -> dict[str, str]:
+        return {folder.name: guidance_fingerprint(folder) for folder in self.folders(iteration)}
+
+    def is_finished(self, iteration: int) -> bool:
+        """Whether an earlier run has finished the iteration from the same inputs."""
+        entry = self._entry(iteration)
+        if entry is None or not entry["finished"]:
+            return False
+        if changed := self._changed(entry["inputs"]):
+            self._refuse_to_resume(changed)
+        try:
+            if self._saved(iteration) == entry["weights"]:
+                return True
+            problem = "it was changed"
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        logger.warning(
+            f"{str(self.value_model(iteration))!r} is skipped, {problem}: the iteration is "
+            "trained again"
+        )
+        return False
+
+    def begin(self, iteration: int, resume: str | bool | None, run_dir: str) -> str | None:
+        """
+        Says that an iteration begins; what came after it in an earlier run is forgotten.
+
+        Returns the checkpoint to go on with, of those in `run_dir`, or None; it had the same
+        inputs. Raises `ValueError` where what is to be resumed had others.
+        """
+        before = self._entry(iteration)
+        changed = self._changed(before["inputs"]) if before else []
+        checkpoint = None
+        if resume and changed:
+            self._refuse_to_resume(changed)
+        if resume and (before or not self.iterations):
+            checkpoint = self._checkpoint(resume, run_dir, known=before is not None)
+        if changed:
+            logger.warning(
+                f"{self.args.output_dir!r} holds an earlier run, and {'; '.join(changed)}: what "
+                "that run trained is not used, and is replaced"
+            )
+        started = {"inputs": dict(self.inputs), "finished": False}
+        self.iterations = [*self.iterations[:iteration], started]
+        self._write()
+        return checkpoint
+
+    def finish(self, iteration: int, saved: bool) -> None:
+        """Says that an iteration has ended, and whether its weights were saved."""
+        weights = self._saved(iteration) if saved else {}
+        self.iterations[iteration] |= {"finished": True, "weights": weights}
+        self._write()
+
+    def _entry(self, iteration: int) -> dict[str, Any] | None:
         return self.iterations[iteration] if iteration < len(self.iterations) else None
 
-    def begin(self, iteration: int, inputs: Mapping[str, Any], write: bool) -> None:
-        """Says that an iteration begins; what came after it in an earlier run is forgotten."""
-        started = {"inputs": dict(inputs), "finished": False}
-        self.iterations = [*self.iterations[:iteration], started]
-        if write:
-            self._write()
-
-    def finish(self, iteration: int, weights: Mapping[str, str], write: bool) -> None:
-        """Says that an iteration has ended, with these weights."""
-        self.iterations[iteration] |= {"finished": True, "weights": dict(weights)}
-        if write:
-            self._write()
-
     def _write(self) -> None:
-        write_json(self.folder / STATE, {"format": FORMAT, "iterations": self.iterations})
+        if self.write:
+            state = {"format": FORMAT, "iterations": self.iterations}
+            write_json(Path(self.args.output_dir) / STATE, state)
+
+    def _changed(self, inputs: Mapping[str, Any]) -> list[str]:
+        fields = dataclasses.fields(self.args)
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        return differences(inputs, self.inputs, defaults)
+
+    def _refuse_to_resume(self, changed: Sequence[str]) -> None:
+        raise ValueError(
+            f"what {self.args.output_dir!r} holds cannot be resumed: {'; '.join(changed)}. Give "
+            "what it was made with, or another `output_dir`; without `resume_from_checkpoint` it "
+            "is trained anew, from the rollouts that are there"
+        )
+
+    def _checkpoint(self, resume: str | bool, run_dir: str, known: bool) -> str | None:
+        """
+        The checkpoint to go on with: the one given, or the last complete one of the same inputs.
+        `known` says that this run has begun before, so that others are left by an earlier one.
+        """
+        given = isinstance(resume, str)
+        others: list[str] = []
+        for folder in [Path(resume)] if isinstance(resume, str) else checkpoints(Path(run_dir)):
+            problem = checkpoint_problem(folder, not self.args.save_only_model)
+            if problem and given:
+                raise ValueError(
+                    f"the checkpoint {resume!r} is not complete, {problem}; give another one, or "
+                    "`resume_from_checkpoint=True`, which takes the last complete one"
+                )
+            stamp = folder / INPUTS
+            changed = ["it does not say what it was made from"]
+            if stamp.exists() and not problem:
+                changed = self._changed(json.loads(stamp.read_text()))
+            elif given:
+                logger.warning(
+                    f"{resume!r} does not say what it was made from: whether it belongs to these "
+                    "rollouts and arguments cannot be checked"
+                )
+                changed = []
+            if not problem and not changed:
+                return str(folder)
+            if not problem and (given or not known):
+                others = others or changed
+            else:
+                logger.warning(f"{str(folder)!r} is skipped: {problem or '; '.join(changed)}")
+        if others:
+            self._refuse_to_resume(others)
+        logger.warning(f"no checkpoint in {run_dir!r} yet: training begins")
+        return None
 
 
 def arguments_of(args: Any) -> dict[str, Any]:
@@ -104,6 +215,22 @@ def arguments_of(args: Any) -> dict[str, Any]:
         if chooses or not FREE.fullmatch(one.name):
             found[one.name] = getattr(args, one.name)
     return json.loads(json.dumps(found, default=str, sort_keys=True))
+
+
+def adapter_of(model: Any) -> dict[str, Any]:
+    """The `adapter` that a model is trained by, if it is, ready for JSON."""
+    found = {}
+    for config in getattr(model, "peft_config", {}).values():
+        fields = json.loads(json.dumps(config.to_dict(), default=_sorted_text))
+        for name in ("base_model_name_or_path", "auto_mapping", "peft_version"):
+            fields.pop(name, None)  # the same weights may be elsewhere
+        found["adapter"] = fields
+    return found
+
+
+def _sorted_text(value: Any) -> Any:
+    """Of what JSON has no form for: a set in order, anything else as text."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def differences(

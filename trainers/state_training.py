@@ -1,18 +1,38 @@
-"""What training a state head takes: its backbone, whether trees are followed, its metrics."""
+"""What training a state head takes: its backbone, its datasets and loss, its metrics and scale."""
 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from transformers.utils import logging
 
+from trimtab.plugins.engine import check_servable
+from trimtab.plugins.value_config import MAVISValueConfig
 from trimtab.plugins.value_model import MAVISValueModel
 
-from .packing import DataCollatorForTrees
+from .candidates import (
+    RANGE_POSITIONS,
+    RANGE_SEQUENCES,
+    add_candidates,
+    advantage_slopes,
+    candidate_differences,
+)
+from .data import as_given
+from .packing import DataCollatorForTrees, TreeDataset
+from .preferences import pair_loss
+from .trees import Tree
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+logger = logging.get_logger(__name__)
 
 QUARTERS = 4  # of a response, for the metrics by depth
 
@@ -101,6 +121,166 @@ def explained_variance(moments: torch.Tensor) -> float:
     count, total, squares, error = moments.tolist()
     variance = squares - total**2 / count if count else 0.0
     return 1.0 - error / variance if variance > 0 else float("nan")
+
+
+class StateTraining:
+    """
+    How [`MAVISTrainer`] trains state heads; [`HeadTraining`] is its counterpart.
+
+    Args:
+        trainer ([`MAVISTrainer`]):
+            Whose rollouts and arguments it uses.
+    """
+
+    metrics = ValueMetrics
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        # Of the base model, to scale by; None before the first are packed
+        self._scale_sequences: list[dict[str, Any]] | None = None
+
+    def prepare(self, model: Any, args: Any, peft_config: PeftConfig | None) -> Any:
+        """The model as it is trained."""
+        check_servable(model, self.trainer._sources.longest)
+        model.get_input_embeddings().requires_grad_(args.train_embeddings)
+        if peft_config is not None:
+            model = wrap_backbone(model, peft_config)
+            model.get_input_embeddings().requires_grad_(args.train_embeddings)
+        return model
+
+    def collator(self, model: Any) -> DataCollatorForTrees:
+        """The collator whose masks the model's backbone takes."""
+        return tree_collator(model, self.trainer.eos_token_ids)
+
+    def pack(self, trees: Mapping[str, list[Tree]]) -> None:
+        """Makes the trainer's datasets: all trees so far to train on, these to evaluate."""
+        trainer, args, config = self.trainer, self.trainer.args, self.trainer.value_config
+        pack = functools.partial(
+            TreeDataset,
+            objectives=trainer.objectives,
+            mean=np.array(config.reward_mean),
+            std=np.array(config.reward_std),
+            max_length=args.max_length,
+            kl_penalty=args.kl_penalty,
+            pairs=trainer._sources.pairs,
+        )
+        sampled, of_data = trainer._sources.split(trainer._iterations.trees)
+        trainer.train_dataset = pack(sampled, leaf_fraction=args.leaf_fraction, seed=args.seed)
+        # The bottom layer of responses that are there already is all that there is.
+        trainer.train_dataset.sequences += pack(of_data).sequences
+        packed = {name: pack(of) for name, of in trees.items() if name != "train"}
+        if packed:
+            trainer.eval_dataset = as_given(packed)
+        if self._scale_sequences is None:
+            check_tree_attention(trainer, trainer.train_dataset.sequences)
+            several = args.num_iterations > 1
+            self._scale_sequences = [
+                dict(s) for part in packed.values() for s in part.sequences if several
+            ]
+
+    def pack_policies(
+        self,
+        trees: Mapping[str, Mapping[str, list[Tree]]],
+        iteration: int,
+        value_model: Path,
+    ) -> None:
+        """The same of an iteration's trees, by dataset and objective."""
+        self.pack({name: list(chain(*of.values())) for name, of in trees.items()})
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+        """The loss of a batch, and the model's outputs; its measures are added."""
+        trainer = self.trainer
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+        )
+        values, labels = outputs.logits, inputs["labels"]
+        known = ~labels.isnan()
+        if trainer._sources.pairs:
+            ends, depths = inputs["siblings"][:, 2:], inputs["depths"].flatten()
+            loss = pair_loss(values.flatten(), ends, depths, inputs["margins"])
+        else:
+            # 0 where a batch knows nothing
+            loss = (values[known] - labels[known]).square().sum() / known.sum().clamp(min=1)
+        # Siblings at their first and at their last tokens
+        first_a, first_b, last_a, last_b = inputs["siblings"].unbind(-1)
+        tokens = inputs["input_ids"].flatten()
+        distinct = tokens[first_a] != tokens[first_b]
+        flat = values.flatten(0, 1)
+        with torch.no_grad():
+            # [2, n_pairs, n_objectives]
+            differences = torch.stack([flat[first_a] - flat[first_b], flat[last_a] - flat[last_b]])
+            labelled = known.any(-1)
+            trainer._metrics["train" if trainer.model.training else "eval"].add(
+                values[labelled],
+                labels[labelled],
+                # The first quarter holds depths 1 to a quarter of the longest response.
+                (inputs["depths"][labelled] - 1) * QUARTERS // trainer.args.max_completion_length,
+                differences,
+                inputs["sibling_labels"],
+                distinct,
+            )
+        return loss, outputs
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint needs nothing but the weights."""
+
+    def resume(self, folder: str | None) -> None:
+        """A checkpoint holds nothing but the weights."""
+
+    def finish(self) -> None:
+        """Sets the scale with which values guide, from the base model's `eval_dataset` rollouts."""
+        if not self._scale_sequences:
+            return
+        trainer = self.trainer
+        if "candidates" not in self._scale_sequences[0]:
+            self._add_candidates(self._scale_sequences, None)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        with trainer.accelerator.autocast():
+            slopes = advantage_slopes(
+                model,
+                self._scale_sequences,
+                trainer.data_collator,
+                trainer.args.temperature,
+                trainer.is_world_process_zero(),
+            )
+        trainer.value_config.candidate_scale = [float(np.clip(s["value"], 0, 1)) for s in slopes]
+        for name, slope in zip(trainer.objectives, slopes):
+            trainer.log({f"candidate_scale/{name}/{key}": x for key, x in slope.items()})
+            if slope["low"] <= 0:
+                logger.warning(
+                    f"the values of {name!r} tell candidates apart hardly better than chance: "
+                    f"responses to `eval_dataset` bear out {slope['value']:.2g} [{slope['low']:.2g}"
+                    f", {slope['high']:.2g}] of the differences. More prompts or larger trees "
+                    "(`layers`) make values less noisy"
+                )
+
+    def conclude(self, kept: MAVISValueConfig | None) -> None:
+        """Measures the `candidate_range` of the model that is kept."""
+        trainer = self.trainer
+        # Copies: the candidates are not for the training that may go on.
+        sequences = [dict(s) for s in trainer.train_dataset.sequences[:RANGE_SEQUENCES]]
+        self._add_candidates(sequences, RANGE_POSITIONS)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        with trainer.accelerator.autocast():
+            ranges = candidate_differences(model, sequences, trainer.data_collator).float()
+        trainer.value_config.candidate_range = ranges.amax(0).tolist()
+        levels = torch.tensor([0.5, 0.99, 1.0], device=ranges.device)
+        for name, row in zip(trainer.objectives, torch.quantile(ranges, levels, dim=0).T.tolist()):
+            trainer.log({f"candidate_range/{name}/{p}": x for p, x in zip((50, 99, 100), row)})
+
+    def _add_candidates(self, sequences: list[dict[str, Any]], positions: int | None) -> None:
+        trainer = self.trainer
+        add_candidates(
+            sequences,
+            trainer.load_base_model(),
+            trainer.data_collator,
+            trainer.value_config.top_k,
+            positions,
+            trainer.eos_token_ids,
+            trainer.accelerator,
+        )
 
 
 def tree_collator(model: MAVISValueModel, eos_token_ids: set[int]) -> DataCollatorForTrees:

@@ -958,7 +958,7 @@ def test_a_source_says_nothing_of_the_other_objectives(base_model, tmp_path):
             np.testing.assert_array_equal(x["labels"][:, i], y["labels"][:, 0])
             np.testing.assert_array_equal(x["reach"][:, i], y["reach"][:, 0])
             assert np.isnan(x["labels"][:, 1 - i]).all() and not x["reach"][:, 1 - i].any()
-    assert not both.on_policy and both._heads._on_policy().tolist() == [True, False]
+    assert not both.on_policy and both._training._on_policy().tolist() == [True, False]
 
 
 def test_each_objective_is_taken_for_its_own_writers():
@@ -1035,7 +1035,7 @@ def test_metrics_of_several_evaluation_sets_are_those_of_each(base_model, tmp_pa
     metrics = together.evaluate()
     assert sorted(together.eval_dataset) == ["far", "near"]
     if head_type == "hidden":  # chosen and scaled by all of them
-        assert len(together._heads.held_out) == 18
+        assert len(together._training.held_out) == 18
     one = together.evaluate("near", metric_key_prefix="test")
     for name, dataset in sets.items():
         alone = trainer(base_model, tmp_path / name, data, dataset, **fields)

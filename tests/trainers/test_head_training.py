@@ -659,7 +659,7 @@ def test_an_added_objective_guides_and_the_table_is_that_of_all(base_model, toke
     made, _, folder = extended
     model = MAVISValueModel.load(str(folder))
     table = model.action_table.clone()
-    embedding = made._heads.embedding
+    embedding = made._training.embedding
     model.write_table(embedding)
     torch.testing.assert_close(model.action_table, table, rtol=0, atol=1e-3)
     plain, red = (

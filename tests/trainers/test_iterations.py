@@ -178,7 +178,7 @@ def test_monotonic_check_warns_through_the_logger(base_model, tmp_path, monkeypa
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    transformers_logging.get_logger("trimtab.trainers.mavis_trainer").addHandler(handler)
+    transformers_logging.get_logger("trimtab.trainers.iterations").addHandler(handler)
     for check in (True, False):
         trainer(
             base_model, tmp_path / str(check), eval_dataset=prompts(2), monotonic_check=check,

@@ -726,7 +726,7 @@ def test_what_reward_functions_log_is_reported(base_model, tmp_path, capsys):
     )  # fmt: skip
     made.collect_rollouts()
     (logged,) = [entry["length"] for entry in made.state.log_history if "length" in entry]
-    trees = made._base_trees["train"]
+    trees = made._iterations.base_trees["train"]
     decode = functools.partial(made.processing_class.decode, skip_special_tokens=True)
     texts = [[decode(tree.response(i)) for i in tree.leaves()] for tree in trees]
     batches = [[len(t) for of_tree in half for t in of_tree] for half in (texts[:3], texts[3:])]

@@ -200,7 +200,7 @@ def warnings():
     messages = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = transformers_logging.get_logger("trimtab.trainers.mavis_trainer")
+    logger = transformers_logging.get_logger("trimtab.trainers.run_state")
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
@@ -245,7 +245,9 @@ def test_a_second_training_is_one_of_its_own(base_model, tmp_path):
     made.save_model(str(tmp_path / "middle"))
     first = len(made.state.log_history)
     counted = []
-    made.log = lambda logs, *args: counted.append((made._iteration, made.args.warmup_steps))
+    made.log = lambda logs, *args: counted.append(
+        (made._iterations.current, made.args.warmup_steps)
+    )
     made.train()
     del made.log
     assert {i for i, _ in counted} == {0, 1, 2} and first

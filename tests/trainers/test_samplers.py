@@ -499,7 +499,7 @@ def test_later_iterations_go_on_from_what_servers_sampled(base_model, tmp_path, 
     made = trainer(base_model, tmp_path, use_vllm=True, num_iterations=2, **fields)
     monkeypatch.setattr(made._collection, "make_sampler", lambda _: pytest.fail("samples again"))
     made.collect_rollouts()
-    same(made._trees, expected)
+    same(made._iterations.trees, expected)
 
 
 def test_requests_leave_nothing_to_the_servers_defaults():
