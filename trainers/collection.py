@@ -27,8 +27,6 @@ from .sources import Sources, rollout_dir
 from .trees import Tree, TreeConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from trimtab.plugins.value_config import MAVISValueConfig
 
 logger = logging.get_logger(__name__)
@@ -46,12 +44,6 @@ class Collection:
             Of the trainer.
         sources ([`Sources`]):
             Prompts, responses and reward functions, once they are read.
-        base_model (`str`):
-            Id or path of the model that is sampled from.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        eos_token_ids (`set[int]`):
-            Tokens that end a response.
         tree_config ([`TreeConfig`]):
             Shape of the trees.
         value_config ([`~trimtab.plugins.MAVISValueConfig`]):
@@ -64,9 +56,6 @@ class Collection:
 
     args: Any
     sources: Sources
-    base_model: str
-    processing_class: PreTrainedTokenizerBase
-    eos_token_ids: set[int]
     tree_config: TreeConfig
     value_config: MAVISValueConfig
     accelerator: Any
@@ -93,7 +82,7 @@ class Collection:
     @functools.cached_property
     def base_weights(self) -> str:
         """Fingerprint of the base model's weights."""
-        return weights_fingerprint(self.base_model, self.args.model_init_kwargs)
+        return weights_fingerprint(self.sources.base_model, self.args.model_init_kwargs)
 
     def of_base_model(self, state: Any) -> dict[str, list[Tree]]:
         """
@@ -116,7 +105,7 @@ class Collection:
             }
         for responses in sources.responses.values():
             if responses.references:
-                model: Any = load_base_model(self.base_model, self.args)
+                model: Any = load_base_model(self.sources.base_model, self.args)
                 check_log_probs(responses, model.to(self.args.device))
         if sources.responses and not sources.on_policy:
             logger.warning(
@@ -151,11 +140,11 @@ class Collection:
         args, dataset = self.args, self.sources.prompts[name]
         folder, reward_funcs, weights = self.folder / name, self.sources.reward_funcs, None
         identity: dict[str, Any] = {
-            "base_model": self.base_model,
+            "base_model": self.sources.base_model,
             "base_model_fingerprint": self.value_config.base_model_fingerprint,
             "base_model_weights": self.base_weights,
             "tokenizer_fingerprint": self.value_config.tokenizer_fingerprint,
-            "eos_token_ids": sorted(self.eos_token_ids),
+            "eos_token_ids": sorted(self.sources.eos_token_ids),
             "sampler": "vllm" if args.use_vllm or args.vllm_server_base_url else "transformers",
             "precision": precision_of(
                 args.vllm_init_kwargs if args.use_vllm else args.model_init_kwargs
@@ -179,16 +168,12 @@ class Collection:
         collect_rollouts(
             folder,
             prompts=list(dataset["prompt"]),
-            columns={
-                column: list(dataset[column])
-                for column in dataset.column_names
-                if column != "prompt"
-            },
-            tokenizer=self.processing_class,
+            columns={c: list(dataset[c]) for c in dataset.column_names if c != "prompt"},
+            tokenizer=self.sources.tokenizer,
             prompt_ids=self.sources.prompt_ids[name],
             reward_funcs=reward_funcs,
             config=self.tree_config,
-            eos_token_ids=self.eos_token_ids,
+            eos_token_ids=self.sources.eos_token_ids,
             make_sampler=make_sampler,
             identity=identity,
             batch_size=args.rollout_batch_size,
@@ -206,9 +191,8 @@ class Collection:
         """The trees of a dataset's own responses."""
         folder = self.folders(name)[-1]
         if self.accelerator.is_main_process:
-            store_responses(
-                folder, self.sources.responses[name], self.args.rollout_batch_size, self.base_model
-            )
+            responses, base_model = self.sources.responses[name], self.sources.base_model
+            store_responses(folder, responses, self.args.rollout_batch_size, base_model)
         self.accelerator.wait_for_everyone()
         return read_rollouts(folder)
 
@@ -228,10 +212,11 @@ class Collection:
             return self._sampler
         args = self.args
         value_models = [] if value_model is None else [str(value_model)]
-        config, ends = self.tree_config, self.eos_token_ids
+        base_model, config = self.sources.base_model, self.tree_config
+        ends = self.sources.eos_token_ids
         if args.vllm_server_base_url:
             self._sampler = ServerSampler(
-                self.base_model, args.vllm_server_base_url, config, ends, self._server_reference()
+                base_model, args.vllm_server_base_url, config, ends, self._server_reference()
             )
         elif args.use_vllm:
             if self.accelerator.num_processes > 1:
@@ -246,7 +231,7 @@ class Collection:
                     RaySampler, args.num_ray_workers, model_init_kwargs=args.model_init_kwargs
                 )
             self._sampler = make(
-                model=self.base_model,
+                model=base_model,
                 config=config,
                 eos_token_ids=ends,
                 max_model_len=self.sources.longest,
@@ -258,7 +243,7 @@ class Collection:
             )
         else:
             self._sampler = TransformersSampler(
-                self.base_model,
+                base_model,
                 config,
                 ends,
                 value_models=value_models,
@@ -277,7 +262,7 @@ class Collection:
         made_of = {"base_model_weights": self.base_weights, "tokens": tokens}
         found = json.loads(path.read_text()) if path.exists() else {}
         if {name: found.get(name) for name in made_of} != made_of:
-            model: Any = load_base_model(self.base_model, self.args)
+            model: Any = load_base_model(self.sources.base_model, self.args)
             found = {**made_of, "log_probs": prompt_log_probs(model.to(self.args.device), tokens)}
             del model
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +286,7 @@ class Collection:
         sample = [(trees[i], trees[i].leaves()[0]) for i in drawn]
         print_prompt_completions_sample(
             [self.sources.prompts[name][tree.prompt_index]["prompt"] for tree, _ in sample],
-            self.processing_class.batch_decode(
+            self.sources.tokenizer.batch_decode(
                 [tree.response(leaf) for tree, leaf in sample], skip_special_tokens=True
             ),
             {

@@ -631,8 +631,8 @@ class HeadTraining(TrainerCallback):
         self.held_out: list[dict[str, Any]] = []
         self.embedding = torch.empty(0)
 
-    def prepare(self, model: Any, args: Any, peft_config: Any) -> Any:
-        """The model as it is trained. Raises `ValueError` where it cannot be."""
+    def prepare(self, model: Any, args: Any, peft_config: Any) -> tuple[Any, Any]:
+        """The model as it is trained, and its collator. Raises `ValueError` where it cannot be."""
         sources = self.trainer._sources
         if peft_config is not None:
             raise ValueError(
@@ -648,16 +648,12 @@ class HeadTraining(TrainerCallback):
                 f"scaled by held-out ones: give an `eval_dataset`, or at least {HELD_OUT} "
                 "prompts, of which one in so many is held out"
             )
-        return model
-
-    def collator(self, model: Any) -> Callable[..., dict[str, torch.Tensor]]:
-        """Of rows of hidden states."""
-        return collate_rows
+        return model, collate_rows
 
     def pack(self, trees: Iterable[str]) -> None:
         """
-        Makes the trainer's datasets of the base model's rollouts, by dataset, with their hidden
-        states.
+        Makes the trainer's datasets of the base model's rollouts, of which `trees` names the
+        datasets, with their hidden states.
         """
         trainer = self.trainer
         items, held_out = self._read({name: trainer._collection.folders(name) for name in trees})

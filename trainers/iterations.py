@@ -84,14 +84,12 @@ class Iterations:
         self.current, self.trees = 0, [*trees["train"]]
         config.candidate_scale = None  # what it came with is of other values
         rollouts, within = trainer._sources.describe(trainer.tree_config)
-        training = (
-            "learning_rate", "num_train_epochs", "per_device_train_batch_size", "leaf_fraction",
-        )  # fmt: skip
-        config.provenance = provenance(
-            rollouts=rollouts,
-            training={name: getattr(trainer.args, name) for name in training},
-            reward_std=within,
-        )
+        training = {
+            name: getattr(trainer.args, name)
+            for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
+        }
+        training["leaf_fraction"] = trainer.args.leaf_fraction
+        config.provenance = provenance(rollouts=rollouts, training=training, reward_std=within)
         trainer._training.pack(trees)
         self.history = PolicyHistory(trainer.args.beta)
         if len(trees) > 1 and trainer.args.num_iterations > 1:

@@ -1,14 +1,15 @@
 """The trainer of MAVIS value models: collects rollouts, then regresses values on them.
 
-Sampling and storage are in `rollouts`, the form of a training sequence in `packing`. Checkpoints,
-resuming, logging, distribution and the hub are those of [`~transformers.Trainer`].
+Here is what [`~transformers.Trainer`] calls or is called for; checkpoints, logging, distribution
+and the hub are its own. What is learnt from is in `sources`, its trees in `collection`, what is
+trained in `starting_model`, how in `head_training` and `state_training`, the order of it all in
+`iterations` and how a run is resumed in `run_state`.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import os
+import dataclasses
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,39 +26,31 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, logging
 
 from trimtab.plugins.cards import model_card
-from trimtab.plugins.heads import MAVISValueHeads
-from trimtab.plugins.value_config import MAVISValueConfig, tokenizer_fingerprint
 from trimtab.plugins.value_model import MAVISValueModel
 
-from .base_model import end_tokens, is_value_model, load_base_model, source_of
+from .base_model import end_tokens, load_base_model, source_of
 from .collection import Collection
 from .data import as_given
 from .files import write_json
-from .head_training import (
-    HeadTraining,
-    further_heads,
-    joined_config,
-    joined_heads,
-)
+from .head_training import HeadTraining, joined_config, joined_heads
 from .iterations import Iterations
 from .mavis_config import MAVISConfig
-from .run_state import (
-    INPUTS,
-)
+from .run_state import INPUTS
 from .sources import Sources
-from .state_training import (
-    StateTraining,
-    refuse_data_parallel,
+from .starting_model import (
+    arguments_for,
+    context_of,
+    read_model,
+    read_weights_in_every_process,
+    starting_model,
 )
+from .state_training import StateTraining, refuse_data_parallel
 from .trees import TreeConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-logger = logging.get_logger(__name__)
 
 
 class MAVISTrainer(Trainer):
@@ -208,126 +200,47 @@ class MAVISTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ) -> None:
         read_weights_in_every_process()
-        if isinstance(model, str) and is_value_model(model):
-            model = MAVISValueModel.load(model)
-        if not isinstance(model, (str, MAVISValueModel, MAVISValueHeads)):
-            raise TypeError(
-                "`model` must be the id or path of a base model, or a value model to train on, got "
-                f"{type(model).__name__}: of a loaded base model, give the id or path, since "
-                "rollouts are sampled from it by vLLM or in another process"
-            )
-        # Of the checkpoint in a `subfolder`, the folder itself need not be one.
-        beside = "subfolder" in (getattr(args, "model_init_kwargs", None) or {})
-        folder = Path(model) if isinstance(model, str) else None
-        if folder and folder.is_dir() and not beside and not (folder / CONFIG_NAME).exists():
-            raise ValueError(
-                f"`model` {model!r} is a folder without {CONFIG_NAME}, and so neither a base model "
-                "nor a value model: give the id or path of a base model, or the folder that "
-                "`save_model` wrote"
-            )
-        if args is not None and not isinstance(args, MAVISConfig):
-            raise TypeError(
-                f"`args` must be a MAVISConfig, got {type(args).__name__}: `beta`, `temperature` "
-                "and `num_iterations` mean other things there; give its fields to MAVISConfig"
-            )
-        base_model = model if isinstance(model, str) else getattr(model.config, "base_model", None)
-        if base_model is None:
-            raise ValueError(
-                "`model` is a value model that names no base model to sample from; make it with "
-                "MAVISValueModel.from_base_model, or pass the base model's id or path"
-            )
-        if args is None:
-            head_type = "hidden" if isinstance(model, str) else model.config.head_type
-            args = MAVISConfig(f"{base_model.split('/')[-1]}-MAVIS", head_type=head_type)
-        if not isinstance(model, str) and model.config.head_type != args.head_type:
-            raise ValueError(
-                f"`head_type` is {args.head_type!r} and the value model's is "
-                f"{model.config.head_type!r}, with other default hyperparameters: set "
-                f"head_type={model.config.head_type!r}"
-            )
-        if not args.merge_adapter and (not isinstance(model, str) or args.train_embeddings):
-            raise ValueError(
-                "`merge_adapter=False` saves what is added to the base model's own blocks: give "
-                "`model` as the base model's id or path, and leave `train_embeddings` off"
-            )
+        given: Any = read_model(model, args)
+        base_model: str = given if isinstance(given, str) else given.config.base_model
         self.base_model = base_model
-        given: Any = None if isinstance(model, str) else model
-        there = [] if given is None else list(given.config.objectives or [])
-        self._sources = Sources(
-            args, reward_funcs, reward_processing_classes, train_dataset, eval_dataset, there
-        )
-        self.reward_funcs, self.objectives = self._sources.reward_funcs, self._sources.objectives
-        self._kept: Any = None  # a value model that objectives are added to
-        if there and not set(there) & set(self.objectives):
-            check_can_be_added(given.config, args, self.objectives)
-            self._kept = given
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(base_model, **source_of(args))
-        self.tree_config = TreeConfig(
-            max_completion_length=args.max_completion_length,
-            layers=args.layers,
-            root_children=args.root_children,
-            children=args.children,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-        )
+        args = arguments_for(given, args)
         if args.num_iterations > 1 and optimizers != (None, None):
             raise ValueError(
                 "`optimizers` serve one training: give them with num_iterations=1, or choose them "
                 "with `optim` and `lr_scheduler_type`, which every iteration makes anew"
             )
+        known = [] if isinstance(given, str) else list(given.config.objectives or [])
+        self._sources = Sources(
+            args,
+            base_model,
+            reward_funcs,
+            reward_processing_classes,
+            train_dataset,
+            eval_dataset,
+            known,
+        )
+        self.reward_funcs, self.objectives = self._sources.reward_funcs, self._sources.objectives
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(base_model, **source_of(args))
+        shape = {f.name: getattr(args, f.name) for f in dataclasses.fields(TreeConfig)}
+        self.tree_config = TreeConfig(**shape)
 
         set_seed(args.seed)
-        value_model: Any = model
-        if isinstance(model, str):
-            new_model: Any = functools.partial(
-                MAVISValueModel.from_base_model,
-                num_hidden_layers=args.num_hidden_layers,
-            )
-            if args.head_type == "hidden":
-                new_model = functools.partial(
-                    MAVISValueHeads.from_base_model, action_rank=args.action_rank
-                )
-            value_model = new_model(
-                load_base_model(model, args),
-                self.objectives,
-                tokenizer=processing_class,
-            )
-        elif self._kept is not None:
-            value_model = further_heads(self._kept, self.objectives)
-        elif there != self.objectives:
-            raise ValueError(
-                f"the value model has the objectives {there}, `reward_funcs` or the data "
-                f"{self.objectives}; they must be the same in the same order, to go on with them, "
-                "or all others, to be added to it"
-            )
-        if args.top_k:
-            value_model.config.top_k = args.top_k
-        vocabulary = tokenizer_fingerprint(processing_class)
-        if (value_model.config.tokenizer_fingerprint or vocabulary) != vocabulary:
-            raise ValueError(
-                "`processing_class` has another vocabulary than the tokenizer that the value model "
-                f"was made for; use the tokenizer of its base model {base_model!r}"
-            )
-        value_model.config.tokenizer_fingerprint = vocabulary
+        value_model = starting_model(given, args, self.objectives, processing_class)
+        # A value model that objectives are added to
+        self._kept: Any = None if given is value_model or isinstance(given, str) else given
         self.value_config = value_model.config
         revision = source_of(args).get("revision", "main")
         self.eos_token_ids = end_tokens(base_model, processing_class, revision)
+        context = context_of(value_model.config, base_model, args)
+        self._sources.read(processing_class, self.eos_token_ids, context)
         hidden = self.value_config.head_type == "hidden"
         self._training: Any = HeadTraining(self) if hidden else StateTraining(self)
-        reads = self.value_config.backbone_config
-        if reads is None:
-            of_base: Any = AutoConfig.from_pretrained(base_model, **source_of(args))
-            reads = of_base.get_text_config()
-        context = getattr(reads, "max_position_embeddings", None)
-        self._sources.read(processing_class, self.eos_token_ids, base_model, context)
-        value_model = self._training.prepare(value_model, args, peft_config)
+        value_model, collator = self._training.prepare(value_model, args, peft_config)
         super().__init__(
             model=value_model,
             args=args,
-            data_collator=self._training.collator(value_model),
+            data_collator=collator,
             train_dataset=self._sources.sets["train"],
             eval_dataset=as_given(self._sources.sets),
             processing_class=processing_class,
@@ -342,15 +255,7 @@ class MAVISTrainer(Trainer):
             self.add_callback(self._training)
         self._metrics = {x: self._training.metrics(self.objectives) for x in ("train", "eval")}
         self._collection = Collection(
-            args,
-            self._sources,
-            base_model,
-            processing_class,
-            self.eos_token_ids,
-            self.tree_config,
-            self.value_config,
-            self.accelerator,
-            self.log,
+            args, self._sources, self.tree_config, self.value_config, self.accelerator, self.log
         )
         self._iterations = Iterations(self)
 
@@ -542,30 +447,3 @@ class MAVISTrainer(Trainer):
             config = joined_config(self._kept.config, config)
         if self.is_world_process_zero():
             (Path(self.args.output_dir) / "README.md").write_text(model_card(config))
-
-
-def check_can_be_added(config: MAVISValueConfig, args: MAVISConfig, added: list[str]) -> None:
-    """Raises `ValueError` where objectives cannot be added to a value model."""
-    names = f"{added}, beside the value model's {config.objectives}"
-    if config.head_type != "hidden":
-        raise ValueError(
-            f"objectives can be added with head_type='hidden' alone, got {names}, with "
-            f"head_type={config.head_type!r}: train a value model of its own for them, which is "
-            "served together with this one"
-        )
-    if args.num_iterations > 1:
-        raise ValueError(
-            f"num_iterations={args.num_iterations} cannot add objectives, got {names}: add them "
-            "with num_iterations=1"
-        )
-    if args.top_k != config.top_k:
-        raise ValueError(
-            f"`top_k` is {args.top_k} and the value model's is {config.top_k}, which it keeps when "
-            f"objectives are added: set top_k={config.top_k}"
-        )
-
-
-def read_weights_in_every_process() -> None:
-    """Turns off FSDP's reading of weights by one process for all, which leaves the others with
-    nothing until training begins: every process samples and values before."""
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

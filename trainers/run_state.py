@@ -95,9 +95,9 @@ class RunState:
         folder = self.value_model(iteration)
         return folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-final") if self.merged else folder
 
-    def folders(self, iteration: int) -> set[Path]:
-        """All that is saved of an iteration."""
-        return {self.value_model(iteration), self.weights(iteration)}
+    def folders(self, iteration: int) -> list[Path]:
+        """All that is saved of an iteration, in the same order in every process."""
+        return [*dict.fromkeys((self.value_model(iteration), self.weights(iteration)))]
 
     def _saved(self, iteration: int) -> dict[str, str]:
         return {folder.name: guidance_fingerprint(folder) for folder in self.folders(iteration)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -28,11 +28,6 @@ from .preferences import UTILITY_STD
 from .rewards import RewardFunc, load_reward_funcs, reward_statistics
 from .trees import Tree, TreeConfig
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from .mavis_config import MAVISConfig
-
 logger = logging.get_logger(__name__)
 
 
@@ -44,6 +39,8 @@ class Sources:
     Args:
         args ([`MAVISConfig`]):
             Of the trainer.
+        base_model (`str`):
+            Id or path of the model that is sampled from.
         reward_funcs, reward_processing_classes, train_dataset, eval_dataset:
             Those of the trainer.
         known (`list[str]`):
@@ -62,20 +59,23 @@ class Sources:
             Whether the objective is learnt from pairs.
         prompts (`dict[str, Dataset]`), prompt_ids (`dict[str, list[list[int]]]`):
             To sample from, by dataset, once they are [`read`][Sources.read].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]), eos_token_ids (`set[int]`):
+            The base model's, with which they are.
         responses (`dict[str, Responses]`):
             By dataset, if they are there already.
     """
 
     def __init__(
         self,
-        args: MAVISConfig,
+        args: Any,
+        base_model: str,
         reward_funcs: Any,
         reward_processing_classes: Any,
         train_dataset: Any,
         eval_dataset: Any,
         known: list[str],
     ) -> None:
-        self.args = args
+        self.args, self.base_model = args, base_model
         sets = named_sets(train_dataset, eval_dataset)
         for name, dataset in sets.items():
             if isinstance(dataset, IterableDataset):
@@ -90,7 +90,7 @@ class Sources:
             if columns & set(PAIR) or not columns & set(RESPONSE):
                 raise ValueError(
                     f"`reward_funcs` has None for {self._scored}: their scores are those of "
-                    f"responses in `train_dataset`, which must have one of the columns "
+                    "responses in `train_dataset`, which must have one of the columns "
                     f"{list(RESPONSE)}, and no pairs; it has {sorted(columns)}"
                 )
         self.pairs = reward_funcs is None and bool(columns & set(PAIR))
@@ -121,19 +121,13 @@ class Sources:
         self.prompt_ids: dict[str, list[list[int]]] = {}
         self.responses: dict[str, Responses] = {}
 
-    def read(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        eos_token_ids: set[int],
-        base_model: str,
-        context: int | None,
-    ) -> None:
+    def read(self, tokenizer: Any, eos_token_ids: set[int], context: int | None) -> None:
         """Tokenizes prompts and responses, for a model that reads `context` tokens; raises
         `ValueError` with the row that cannot be used."""
-        of_template: Any = self.args.chat_template_kwargs
+        self.tokenizer, self.eos_token_ids = tokenizer, eos_token_ids
         self.prompts = dict(self.sets)
         for name, dataset in self.sets.items():
-            self.prompt_ids[name] = self._tokenize(name, dataset, tokenizer, base_model, context)
+            self.prompt_ids[name] = self._tokenize(name, dataset, context)
         if self.reward_funcs and not self._scored:
             return
         for name, prompt_ids in self.prompt_ids.items():
@@ -145,8 +139,8 @@ class Sources:
                 tokenizer,
                 eos_token_ids,
                 self.args.max_completion_length,
-                base_model,
-                of_template,
+                self.base_model,
+                self.args.chat_template_kwargs,
             )
         if self.reward_funcs:
             for name, prompt_ids in self.prompt_ids.items():
@@ -154,15 +148,8 @@ class Sources:
                     self.sets[name], prompt_ids, self._scored
                 )
 
-    def _tokenize(
-        self,
-        name: str,
-        dataset: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        base_model: str,
-        context: int | None,
-    ) -> list[list[int]]:
-        args = self.args
+    def _tokenize(self, name: str, dataset: Any, context: int | None) -> list[list[int]]:
+        args, tokenizer = self.args, self.tokenizer
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"`{name}_dataset` must be a `datasets.Dataset` of prompts, got "
@@ -188,7 +175,6 @@ class Sources:
                     f"room for a prompt in the model's context of {context} tokens: lower it"
                 )
         tools = dataset["tools"] if "tools" in dataset.column_names else None
-        of_template: Any = args.chat_template_kwargs
         prompt_ids = []
         for row, prompt in enumerate(dataset[column]):
             if prompt is None:
@@ -201,12 +187,12 @@ class Sources:
             elif not isinstance(prompt, str) and tokenizer.chat_template is None:
                 raise ValueError(
                     f"`{name}_dataset` has conversational prompts and the tokenizer of "
-                    f"{base_model!r} no chat template; set its `chat_template`, or give strings"
+                    f"{self.base_model!r} no chat template; set its `chat_template`, or give "
+                    "strings"
                 )
             else:
-                ids = tokenize(
-                    tokenizer, prompt, template_kwargs=row_kwargs(of_template, tools, row)
-                )
+                kwargs = row_kwargs(args.chat_template_kwargs, tools, row)
+                ids = tokenize(tokenizer, prompt, template_kwargs=kwargs)
             if not ids or (longest is not None and len(ids) > longest):
                 raise ValueError(
                     f"row {row} of `{name}_dataset` has a prompt of {len(ids)} tokens, 1 to "

@@ -139,18 +139,14 @@ class StateTraining:
         # Of the base model, to scale by; None before the first are packed
         self._scale_sequences: list[dict[str, Any]] | None = None
 
-    def prepare(self, model: Any, args: Any, peft_config: PeftConfig | None) -> Any:
-        """The model as it is trained."""
+    def prepare(self, model: Any, args: Any, peft_config: PeftConfig | None) -> tuple[Any, Any]:
+        """The model as it is trained, and its collator. Raises `ValueError` where it cannot be."""
         check_servable(model, self.trainer._sources.longest)
         model.get_input_embeddings().requires_grad_(args.train_embeddings)
         if peft_config is not None:
             model = wrap_backbone(model, peft_config)
             model.get_input_embeddings().requires_grad_(args.train_embeddings)
-        return model
-
-    def collator(self, model: Any) -> DataCollatorForTrees:
-        """The collator whose masks the model's backbone takes."""
-        return tree_collator(model, self.trainer.eos_token_ids)
+        return model, tree_collator(model, self.trainer.eos_token_ids)
 
     def pack(self, trees: Mapping[str, list[Tree]]) -> None:
         """Makes the trainer's datasets: all trees so far to train on, these to evaluate."""
@@ -179,10 +175,7 @@ class StateTraining:
             ]
 
     def pack_policies(
-        self,
-        trees: Mapping[str, Mapping[str, list[Tree]]],
-        iteration: int,
-        value_model: Path,
+        self, trees: Mapping[str, Mapping[str, list[Tree]]], iteration: int, value_model: Path
     ) -> None:
         """The same of an iteration's trees, by dataset and objective."""
         self.pack({name: list(chain(*of.values())) for name, of in trees.items()})
