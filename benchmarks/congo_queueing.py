@@ -600,7 +600,7 @@ def plot(results: dict[str, tp.Any], name: str) -> None:
     for axis in axes[1]:
         axis.set_xlabel("round", fontsize=13)
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=12
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=12
     )
     figure.supylabel("cost at the point played, mean over seeds", fontsize=13)
     figure.savefig(DOCS / f"{name}.png", dpi=100)

@@ -135,9 +135,9 @@ def test_best_iteration_is_kept(iterated):
         objectives.append(np.mean(values))
     assert iterations["choice"] == pytest.approx(objectives)
     assert iterations["kept"] == np.argmax(objectives)
-    assert iterations["prompts"] == {"chosen on": 20, "reported on": 20}
+    assert iterations["prompts"] == {"chosen on": 40, "reported on": 40}
     card = (folder / "README.md").read_text()
-    assert "on 20 held-out prompts, not the 20 that the kept iteration was chosen on" in card
+    assert "on 40 held-out prompts, not the 40 that the kept iteration was chosen on" in card
     kept = MAVISValueModel.load(str(folder / f"iteration-{iterations['kept']}" / "value_model"))
     saved = MAVISValueModel.load(str(folder))
     torch.testing.assert_close(saved.state_dict(), kept.state_dict())
