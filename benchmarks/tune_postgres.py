@@ -262,22 +262,28 @@ def play(server: Server, name: str, bad: bool, seed: int, options: argparse.Name
 def plot(runs: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 6), layout="constrained")
     for axis, start in zip(axes, ("bad", "default")):
+        of_start = [r for r in runs if r["start_is"] == start]
+        if not of_start:
+            continue
         for color, name in enumerate(METHODS):
-            chosen = [r for r in runs if r["start_is"] == start and r["method"] == name]
+            chosen = [r for r in of_start if r["method"] == name]
+            if not chosen:
+                continue
             for run in chosen:
                 axis.plot(run["paid_ms"], ".", color=f"C{color}", markersize=3, alpha=0.6)
             end = float(np.mean([np.mean(r["recommended_ms"]) for r in chosen]))
             axis.axhline(end, color=f"C{color}", label=f"{name}: recommended {end:.1f} ms")
         axis.axhline(
-            float(np.mean([r["start_ms"] for r in runs if r["start_is"] == start])),
+            float(np.mean([r["start_ms"] for r in of_start])),
             color="grey", linestyle=":", label="start",
         )  # fmt: skip
         axis.set(yscale="log", title=f"from a {start} start", xlabel="evaluation")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=11, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes[0].set_ylabel("latency paid (dots), ms")
     figure.savefig(DOCS / "tune_postgres.png", dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -308,18 +314,20 @@ def main() -> None:
                         f"paid {np.mean(run['paid_ms']):7.1f} ms, at most {above:.1f} of the start",
                         flush=True,
                     )
-                    if not options.quick:  # a long run that is cut short is not lost
+                    if not options.quick:  # what is interrupted keeps the runs that it has
                         save(
                             "tune_postgres",
                             {
                                 "postgresql": version,
                                 "settings": len(NUMBERS) + len(FLAGS),
-                                **{k: v for k, v in vars(options).items() if k != "quick"},
+                                "evaluations": options.evaluations,
+                                "window_s": options.window,
+                                "scale": options.scale,
+                                "repeats": options.repeats,
                                 "runs": runs,
                             },
                         )
-    if not options.quick:
-        plot(runs)
+                        plot(runs)
 
 
 if __name__ == "__main__":
