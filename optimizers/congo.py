@@ -33,6 +33,11 @@ _REPEATS_COUNT = 8
 _AVOIDED = 4
 # Standard errors that a difference of costs must exceed to count.
 _CLEAR = 2.0
+# How far perturbations move integers: at most to begin with, and its limits, the upper one the
+# whole range of an integer with two bounds. Some are moved by less, down to a share.
+_REACH, _LEAST, _FARTHEST, _NEAREST = 1.0, 0.01, 6.0, 0.25
+# Where knobs have levels: rises beyond the largest fall and this many median changes are cut off.
+_TYPICAL = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +153,8 @@ class _CONGO(base.Optimizer):
         self._unsure = False  # evaluations failed near the iterate, and it is not evaluated yet
         self._length = c.delta or (0.1 if c.variant == "adaptive" else 0.05)
         self._first_length = self._length
+        self._reach = np.full(self._levels.positions.size, _REACH)  # of integers
+        self._farthest = np.full(self._levels.positions.size, _FARTHEST)  # farther costs more
         self._moves = 0.0  # times that the cost was seen to have changed, lately
         self._longest = math.inf  # longer ones fail, as far as is known
         self._penalty = 0.0
@@ -270,7 +277,7 @@ class _CONGO(base.Optimizer):
         now.rows.append(row)
         now.lengths.append(length)
         if self._levels:
-            jumps = self._levels.draw(self._rng, r.point, self._length, self._share)
+            jumps = self._levels.draw(self._rng, r.point, *self._neighbours(), self._share)
             for level in self._levels.reached(r.point, jumps) if self._failures else ():
                 if self._rng.random_sample() >= 0.5 ** self._failures.get(level, 0):
                     jumps = self._levels.without(jumps, level[0])
@@ -347,6 +354,32 @@ class _CONGO(base.Optimizer):
     def _projected(self, x: FloatArray) -> FloatArray:
         x = self._project(x)
         return self._levels.snap(x) if self._levels else x
+
+    def _neighbours(self) -> tuple[FloatArray, FloatArray]:
+        """Steps of integers down and up, ``[n]`` each, that the round's perturbations take.
+
+        Each integer has its own distance, drawn afresh, so that all are tried; cheap constraints
+        shorten them.
+        """
+        r = self._round
+        if r.neighbours is None:
+            lengths = np.full(self._levels.positions.size, self._length)
+            if self._searching and self._config.variant == "adaptive":
+                lengths = self._reach * _NEAREST ** self._rng.random_sample(lengths.size)
+            if self._config.max_regression is not None:
+                lengths *= self._caution
+            sides = []
+            for side in (0, 1):
+                near, point = lengths, r.point.copy()
+                while True:
+                    steps = self._levels.neighbours(r.point, near)[side]
+                    point[self._levels.positions] = r.point[self._levels.positions] + steps
+                    if (near <= self._length).all() or self._allowed(point):
+                        break
+                    near = np.minimum(near, np.maximum(0.5 * near, self._length))
+                sides.append(steps)
+            r.neighbours = sides[0], sides[1]
+        return r.neighbours
 
     @property
     def _share(self) -> float:
@@ -449,13 +482,11 @@ class _CONGO(base.Optimizer):
                     self._open(trial)
                     return
             elif factor > plan.factor:
-                self._radius = max(
-                    self._radius, 2.0 * plan.factor * float(np.linalg.norm(plan.step))
-                )
+                self._radius = max(self._radius, 2.0 * plan.factor * self._smooth(plan.step))
         best, least, told = min(plan.probes, key=lambda probe: probe[1])
         plan.settled = True
         if least > start + error:
-            self._radius = min(p[0] for p in plan.probes) * float(np.linalg.norm(plan.step))
+            self._radius = min(p[0] for p in plan.probes) * self._smooth(plan.step)
             if self._noise.size:
                 self._radius = max(self._radius, self._length)
             self._plan = None
@@ -470,6 +501,10 @@ class _CONGO(base.Optimizer):
             self._open(trial)
             self._round.base_asked = 1
             self._round.base.append(told)
+
+    def _smooth(self, move: FloatArray) -> float:
+        """Length of a move, steps between levels left out."""
+        return float(np.linalg.norm(np.delete(move, self._levels.positions)))
 
     def _refresh(self, fresh: rounds.Value) -> None:
         """Takes in a new measurement of the iterate; notices a world that has moved."""
@@ -492,6 +527,8 @@ class _CONGO(base.Optimizer):
         """The world has changed: what was learnt of it counts no more."""
         self._curvature = step.Curvature()
         self._excess = noises.Excess()
+        self._farthest = np.maximum(self._farthest, _REACH)
+        self._reach = np.maximum(self._reach, _REACH)
         self._scale_length(max(1.0, min(4.0, self._first_length / self._length)))
         self._moves += 1.0
         if self._restless:
@@ -573,8 +610,10 @@ class _CONGO(base.Optimizer):
             # Failures ask for smaller perturbations, a plateau (of integers, say) for larger ones.
             if skipped == _PLATEAU:
                 self._scale_length(2.0)
+                self._adapt_reach(None, costly=False)
             elif base_told and told.size < 0.9 * answered:
                 self._scale_length(0.5)
+                self._adapt_reach(None, costly=True)
                 self._longest = self._length
             elif base_told:
                 self._longest *= 1.1
@@ -586,6 +625,9 @@ class _CONGO(base.Optimizer):
                     self._refresh(rounds.Value(*center, self._noise.size))
             elif plan is not None:
                 self._radius *= 0.25
+            if self._levels and estimate is not None and told.size >= 0.9 * answered:
+                dear = float(np.median(costs)) > self._merit(center) + _CLEAR * self._noise.size
+                self._adapt_reach(estimate, costly=dear)
             if estimate is not None and not skipped:
                 skipped = self._propose(estimate) if self._slopes is not None else ""
         else:
@@ -673,6 +715,12 @@ class _CONGO(base.Optimizer):
                 losses = straight
         if self._config.variant == "adaptive":
             found = estimates.robust(estimator, now, told, losses)
+            if self._levels and found.residual >= 0.3:  # what costs a lot hides what others gain
+                rise = losses[1:] - losses[0]
+                most = max(-float(rise.min()), _TYPICAL * float(np.median(np.abs(rise))))
+                if float(rise.max()) > most:
+                    losses = np.minimum(losses, losses[0] + most)
+                    found = estimates.robust(estimator, now, told, losses)
             squares = np.square([now.lengths[i] for i in told])
             found.bend = (0.0 if found.bend != found.bend else found.bend) + float(
                 np.mean(known / squares)
@@ -725,14 +773,15 @@ class _CONGO(base.Optimizer):
             self._bend = estimate.bend if estimate.bend == estimate.bend else 0.0
             return
         moved = r.point - self._x
-        length = float(np.linalg.norm(moved))
+        length = self._smooth(moved)
         actual = self._merit(self._value) - self._merit(value)
         error = _CLEAR * math.hypot(value.error, self._value.error)
         predicted = plan.predicted(plan.factor)
         assert self._slopes is not None
         # Nothing shrinks the estimate of a dense round. Of a step shorter than the perturbations,
         # its noise would be taken for curvature, which corrects the next one, and so on.
-        if not plan.jump.any() and (exact or not self._dense or length >= self._length):
+        jumped = moved[self._levels.positions].any()
+        if not jumped and (exact or not self._dense or length >= self._length):
             self._curvature.learn(moved, estimate.gradient - self._slopes, slope_error)
         if actual < -error:
             self._radius = 0.25 * length
@@ -775,17 +824,17 @@ class _CONGO(base.Optimizer):
             free &= ~((self._x >= upper) & (gradient < 0))
         model = self._curvature.quadratic(d)
         move = model.minimise(gradient, self._radius, free)
-        jump, jump_gain = np.zeros(d), 0.0
+        jump, jump_gain, switch, switch_gain = np.zeros(d), 0.0, np.zeros(d), 0.0
         if self._levels:
             move[self._levels.positions] = 0.0
-            jump, jump_gain = self._jumps(estimate)
+            jump, jump_gain, switch, switch_gain = self._jumps(estimate)
         move = self._project(self._x + move) - self._x
         while not self._safe(move, float(gradient @ move)):
             move = 0.5 * move
         slope, quadratic = float(gradient @ move), float(move @ model.product(move))
         gain = 0.0
-        if slope < 0 or jump_gain > 0:
-            self._plan = rounds.Plan(move, jump, slope, quadratic, jump_gain)
+        if slope < 0 or jump_gain > 0 or switch_gain > 0:
+            self._plan = rounds.Plan(move + jump, switch, slope - jump_gain, quadratic, switch_gain)
             gain = self._plan.predicted(1.0)
         self._adapt_length(estimate, gain)
         return ""
@@ -798,25 +847,36 @@ class _CONGO(base.Optimizer):
         limit = self._config.max_regression
         return limit is None or change + max(self._bend, 0.0) * float(move @ move) <= limit
 
-    def _jumps(self, estimate: estimates.Estimate) -> tuple[FloatArray, float]:
-        """Moves to better levels: of each knob the one whose measured effect is best."""
+    def _effects(self, estimate: estimates.Estimate) -> tuple[FloatArray, FloatArray]:
+        """Cost of the round's steps of integers down and up, ``[n]`` each; inf where none is."""
+        places = self._levels.positions
+        bends = np.array([estimate.bends.get(int(i), 0.0) for i in places])
+        down, up = (
+            np.where(step != 0, estimate.gradient[places] * step + bends * np.abs(step), np.inf)
+            for step in self._neighbours()
+        )
+        return down, up
+
+    def _found(self, estimate: estimates.Estimate) -> np.ndarray:
+        """Integers that the estimate says matter, ``[n] bool``."""
+        matter = [*estimate.support, *estimate.bends]
+        return np.isin(self._levels.positions, matter) & self._levels.integers
+
+    def _jumps(self, estimate: estimates.Estimate) -> tuple[FloatArray, float, FloatArray, float]:
+        """Moves to better levels, of each knob the one whose measured effect is best.
+
+        Those of integers and what they gain, then those of choices.
+        """
         d, gradient = self.dimension, estimate.gradient
-        jump, gain = np.zeros(d), 0.0
-        likely = np.isin(self._levels.positions, estimate.support)
-        likely |= estimate.shared > 0.5  # a slope that all share, a price, is every knob's
-        down, up = self._levels.neighbours(self._x, self._length)
-        for k in np.flatnonzero(
-            (likely | np.isin(self._levels.positions, list(estimate.bends))) & self._levels.integers
-        ):
-            i = int(self._levels.positions[k])
-            effects = [
-                (gradient[i] * s + estimate.bends.get(i, 0.0) * abs(s), s)
-                for s in (float(down[k]), float(up[k]))
-                if s
-            ]
-            effect, s = min(effects, default=(0.0, 0.0))
-            if effect < 0:
-                jump[i], gain = s, gain - effect
+        jump, switch, switch_gain = np.zeros(d), np.zeros(d), 0.0
+        below, above = self._effects(estimate)
+        better = np.minimum(below, above) < 0
+        if estimate.shared <= 0.5:  # a slope that all share, a price, is every knob's
+            better &= self._found(estimate)
+        better &= self._levels.integers
+        down, up = self._neighbours()
+        jump[self._levels.positions] = np.where(below < above, down, up) * better
+        gain = -float(np.minimum(below, above)[better].sum())
         # Two categories are two columns of opposite sign: neither is likely, their effect may be.
         visits = self._share * self._round.told(repeats=False)
         noise = self._noise.size if math.isnan(estimate.noise) else estimate.noise
@@ -827,8 +887,26 @@ class _CONGO(base.Optimizer):
                 places, steps = self._levels.switch(chosen, best)
                 effect = float(gradient[places] @ steps)
                 if effect < -doubt:
-                    jump[places], gain = steps, gain - effect
-        return jump, gain
+                    switch[places], switch_gain = steps, switch_gain - effect
+        return jump, gain, switch, switch_gain
+
+    def _adapt_reach(self, estimate: estimates.Estimate | None, costly: bool) -> None:
+        """How far perturbations move integers: ever farther, until that is known to cost more.
+
+        What matters many levels away only shows there; what a step to either side makes worse is
+        looked for at half that distance.
+        """
+        if costly:
+            self._reach = np.maximum(0.5 * self._reach, _LEAST)
+            self._farthest = np.minimum(self._farthest, self._reach)
+            return
+        self._reach = np.minimum(2.0 * self._reach, self._farthest)
+        self._farthest = np.minimum(1.1 * self._farthest, _FARTHEST)
+        if estimate is not None:
+            below, above = self._effects(estimate)
+            worse = self._found(estimate) & (np.minimum(below, above) > 0)
+            tried = np.maximum(*np.abs(self._neighbours()))
+            self._reach[worse] = self._farthest[worse] = 0.5 * tried[worse]
 
     # -- the length of perturbations ---------------------------------------------------------
 
@@ -984,7 +1062,8 @@ class ParametrizedCONGO(base.ConfiguredOptimizer):
             module-level function if the optimizer is to be pickled). Steps are then not taken
             back. Default: none, the trust region.
         delta: B, Z, E: a row ``p`` is measured at ``x + delta p / |p|^2``; default 0.05. Adaptive:
-            the length per variable to begin with; default 0.1.
+            the length per variable to begin with; default 0.1. Without a learning rate it moves
+            integers by up to 1 to begin with, then as far as costs nothing that can be told.
         radius: iterates stay in the ball of that radius around the initial point.
         normalize: with a learning rate, step along the unit gradient (the paper's queueing runs).
         max_gradient_norm: an estimate beyond it is not followed: the round takes no step.

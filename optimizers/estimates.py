@@ -215,8 +215,8 @@ def sparse(measurements: Measurements, told: np.ndarray, losses: FloatArray) -> 
     noise`` with a sparse ``g``. The loss at the base point is one more measurement, not the
     truth: ``f0`` is fitted. ``u`` is a slope common to all variables, as a price of resources
     is; with signs as rows ``c`` takes the whole diagonal of the Hessian with it; ``b`` is the
-    drift of the cost during a round. ``u``, ``c`` and ``b`` enter only if the data want them. A
-    coordinate with levels has a second column, of the step's size: up and down may differ.
+    drift of the cost during a round. ``u``, ``c`` and ``b`` enter only if the data want them. An
+    integer has two more columns, for its steps up and those down: either may do nothing.
     """
     d, n = measurements.base.size, len(told) + 1
     lengths = np.array([measurements.lengths[i] for i in told])
@@ -246,18 +246,23 @@ def sparse(measurements: Measurements, told: np.ndarray, losses: FloatArray) -> 
         columns = [centred(steps)]
         integers = np.flatnonzero(np.isin(working, measurements.integers))
         if integers.size:
-            columns.append(centred(np.abs(steps[:, integers])))
+            columns += [centred(np.maximum(sign * steps[:, integers], 0.0)) for sign in (1, -1)]
         matrix = np.hstack([*columns, extra])
         # Of few knobs, as are most that have levels, one alone looks like a slope that all share.
         paid = int(measurements.leveled.size > 0)
         mean, inclusion = recovery.sparse_regression(
             matrix,
             y,
-            d + measurements.integers.size + paid,
+            d + 2 * measurements.integers.size + paid,
             extra.shape[1] - paid,
             intercept=True,
         )
-        linear, probability = mean[: working.size], inclusion[: working.size]
+        linear, probability = mean[: working.size].copy(), inclusion[: working.size].copy()
+        sided = mean[working.size : -extra.shape[1]].reshape(2, -1)
+        linear[integers] += 0.5 * (sided[0] - sided[1])
+        # At a bound, a slope and that of one way are the same column and share its probability.
+        either = inclusion[working.size : -extra.shape[1]].reshape(2, -1).sum(axis=0)
+        probability[integers] = np.minimum(probability[integers] + either, 1.0)
         left = centred(y - matrix @ mean)
         signal = left + matrix[:, :-2] @ mean[:-2]  # without curvature and drift
         before, kept = kept, working[probability > 0.01]
@@ -282,9 +287,9 @@ def sparse(measurements: Measurements, told: np.ndarray, losses: FloatArray) -> 
         common=common,
         shared=float(inclusion[-3]),
         bends={
-            int(working[i]): float(mean[working.size + k])
+            int(working[i]): float(0.5 * sided[:, k].sum())
             for k, i in enumerate(integers)
-            if inclusion[working.size + k] > 0.5
+            if either[k] > 0.5
         },
         spread=float(squares[long].mean() / squares[~long].mean()) if known else math.nan,
         left=left,

@@ -19,6 +19,7 @@ class Open:
         point: the base point, ``[d]``.
         measurements: the perturbations.
         base: losses told at the base point.
+        neighbours: steps down and up that perturbations take of integers, or None.
         losses: losses told at perturbations, by their place among the measurements.
         places: places of the perturbations that may still be told, by number.
     """
@@ -37,6 +38,7 @@ class Open:
         self.reference_wanted = False
         self.reference: Loss | None = None
         self.mixing: FloatArray | None = None
+        self.neighbours: tuple[FloatArray, FloatArray] | None = None
         self.slopes: FloatArray | None = None  # what is expected at the base point, and how much
         self.rise = 0.0  # more than at the iterate it is expected to cost
 
@@ -61,21 +63,21 @@ class Value:
 
 @dataclasses.dataclass
 class Plan:
-    """A step being tried: ``step`` from the iterate times ``factor``, the jumps of levels apart."""
+    """A step being tried: ``step`` from the iterate times ``factor``; choices switch as a whole."""
 
     step: FloatArray
-    jump: FloatArray
+    switch: FloatArray
     slope: float
     quadratic: float
-    jump_gain: float
+    switch_gain: float
     factor: float = 1.0
     probes: list[tuple[float, float, Loss]] = dataclasses.field(default_factory=list)
     settled: bool = False
 
     def moved(self, factor: float) -> FloatArray:
-        return factor * self.step + (self.jump if factor >= 1 else 0.0)
+        return factor * self.step + (self.switch if factor >= 1 else 0.0)
 
     def predicted(self, factor: float) -> float:
         """The decrease that the model predicts."""
         gain = -factor * self.slope - 0.5 * factor**2 * self.quadratic
-        return gain + (self.jump_gain if factor >= 1 else 0.0)
+        return gain + (self.switch_gain if factor >= 1 else 0.0)

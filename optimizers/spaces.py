@@ -125,6 +125,9 @@ class Levels:
                 self._integers.append((part, leaf, *_range(leaf, layers[-1])))
         self.positions = np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64)
         self.integers = np.concatenate(integers) if integers else np.zeros(0, dtype=bool)
+        lower, upper = standardized_bounds(parametrization)
+        self._lower = np.full(offset, -np.inf) if lower is None else lower
+        self._upper = np.full(offset, np.inf) if upper is None else upper
 
     def __bool__(self) -> bool:
         return bool(self.positions.size)
@@ -140,12 +143,12 @@ class Levels:
             x[self.positions[places[int(np.argmax(weights))]]] = _CHOSEN
         return x
 
-    def neighbours(self, x: FloatArray, length: float) -> tuple[FloatArray, FloatArray]:
+    def neighbours(self, x: FloatArray, lengths: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Steps (``[n]``, zero or below and zero or above) to another level of each integer.
 
         Args:
             x: ``[d]``, snapped.
-            length: a step this long is taken if levels lie closer than that, else one level.
+            lengths: ``[n]``, how far: to the level that lies there, but one level at least.
         """
         down, up = np.zeros(self.positions.size), np.zeros(self.positions.size)
         for part, leaf, least, most in self._integers:
@@ -153,24 +156,24 @@ class Levels:
             here = slice(start, start + leaf.dimension)
             value = _value(leaf, x[part])
             for sign, out in ((-1, down), (1, up)):
-                near = np.clip(value + sign, least, most)
-                step = _coordinates(leaf, near) - x[part]
-                count = np.maximum(np.floor(length / np.maximum(np.abs(step), 1e-300)), 1.0)
-                if (count > 1).any():
-                    far = value + sign * np.minimum(count, 1e9).astype(np.int64).reshape(
-                        value.shape
-                    )
-                    step = _coordinates(leaf, np.clip(far, least, most)) - x[part]
-                out[here] = step
+                to = np.clip(x[part] + sign * lengths[here], self._lower[part], self._upper[part])
+                far = _value(leaf, to)
+                far = np.where(sign * (far - value) > 1, far, value + sign)
+                out[here] = _coordinates(leaf, np.clip(far, least, most)) - x[part]
         return down, up
 
     def draw(
-        self, rng: np.random.RandomState, x: FloatArray, length: float, share: float
+        self,
+        rng: np.random.RandomState,
+        x: FloatArray,
+        down: FloatArray,
+        up: FloatArray,
+        share: float,
     ) -> FloatArray:
         """Random steps to other levels, ``[n]``; about ``share`` of the knobs take one."""
-        down, up = self.neighbours(x, length)
         moved = rng.random_sample(self.positions.size) < share
         above = rng.random_sample(self.positions.size) < 0.5
+        above = np.where((down == 0) | (up == 0), up > 0, above)
         step = np.where(above, up, down) * moved
         for places in self._choices:
             if rng.random_sample() < share and places.size > 1:

@@ -286,6 +286,49 @@ def test_integers_move_by_levels():
     assert list(found) == [4, 1] + [2] * 18
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_integers_that_matter_only_several_levels_away_are_found(seed):
+    """A delay of thousands of levels, each next to nothing, and a pool that helps from twenty."""
+    knobs = {f"n{i:02d}": ng.p.Scalar(init=12, lower=1, upper=64) for i in range(15)}
+    knobs |= {f"wide{i}": ng.p.Log(init=200, lower=1, upper=100_000) for i in range(5)}
+    knobs["delay"] = ng.p.Scalar(init=15_000, lower=0, upper=20_000)
+    knobs = {name: knob.set_integer_casting() for name, knob in knobs.items()}
+    knobs |= {f"flag{i}": ng.p.Choice([False, True]) for i in range(8)}
+
+    def cost(v):
+        return 10 + v["delay"] / 500 + 30 * (v["n04"] < 20)  # 70 at the start
+
+    optimizer = make(ng.p.Dict(**knobs), seed=seed)
+    play(optimizer, cost, 150, noise=2.0)
+    assert cost(optimizer.recommend().value) < 20
+
+
+def test_integers_that_are_far_from_harmless_are_moved_by_few_levels():
+    knobs = {f"n{i:02d}": ng.p.Scalar(init=500, lower=0, upper=1000) for i in range(20)}
+    optimizer = make(ng.p.Dict(**{k: x.set_integer_casting() for k, x in knobs.items()}))
+
+    def cost(v):
+        return 10 + sum(100 * (abs(v[f"n{i:02d}"] - 500) > 60) for i in range(8))
+
+    paid = play(optimizer, cost, 300, noise=0.5)
+    assert np.mean(paid[:50]) > 50 and np.mean(paid[200:]) < 20
+    assert cost(optimizer.recommend().value) == 10
+
+
+def test_scale_of_the_cost_changes_no_step_of_integers():
+    knobs = ng.p.Dict(
+        n=ng.p.Array(init=np.full(20, 200.0)).set_bounds(0, 1000).set_integer_casting(),
+        flags=ng.p.Choice([False, True], repetitions=5),
+    )
+    one, two = make(knobs.copy()), make(knobs.copy())
+    for _ in range(150):
+        first, second = one.ask(), two.ask()
+        np.testing.assert_array_equal(first.value["n"], second.value["n"])
+        cost = float(np.sum(np.abs(first.value["n"][:3] - 700)) + sum(first.value["flags"]))
+        one.tell(first, cost)
+        two.tell(second, cost * 2.0**30)
+
+
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_integers_follow_a_slope_that_all_share(noise):
     """Thirty replicas each cost their price; a latency wants twelve of one."""
@@ -328,8 +371,14 @@ def test_levels_of_every_kind():
     x = levels.snap(np.zeros(7))
     start = knobs.spawn_child().set_standardized_data(x).value
     assert list(start["a"]) == [2, 4] and start["b"] == "x" and start["c"] == 2
-    down, up = levels.neighbours(x, 0.1)
+    down, up = levels.neighbours(x, np.full(6, 0.1))
     for direction, expected in ((down, ([1, 3], 1)), (up, ([3, 4], 3))):
+        moved = x.copy()
+        moved[levels.positions] += direction
+        value = knobs.spawn_child().set_standardized_data(moved).value
+        assert (list(value["a"]), value["c"]) == expected
+    far = levels.neighbours(x, np.full(6, 2.0))
+    for direction, expected in zip(far, (([1, 2], 0), ([4, 4], 4))):
         moved = x.copy()
         moved[levels.positions] += direction
         value = knobs.spawn_child().set_standardized_data(moved).value
@@ -338,7 +387,7 @@ def test_levels_of_every_kind():
     seen = set()
     for _ in range(50):
         moved = x.copy()
-        moved[levels.positions] += levels.draw(rng, x, 0.1, 0.5)
+        moved[levels.positions] += levels.draw(rng, x, down, up, 0.5)
         seen.add(knobs.spawn_child().set_standardized_data(moved).value["b"])
     assert seen == {"x", "y", "z"}
 
