@@ -65,7 +65,7 @@ def names(node: ast.AST) -> Iterator[tuple[str, list[str]]]:
 
 def missing(read: Callable[[str], str]) -> Iterator[str]:
     """What is gone from vLLM, of which `read` returns a file's text, empty if there is no file."""
-    for path in (*(ROOT / "plugins").glob("*.py"), *(ROOT / "trainers").glob("*.py")):
+    for path in (*(ROOT / "plugins").rglob("*.py"), *(ROOT / "trainers").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             package, *parts = (getattr(node, "module", None) or "").split(".")
             if isinstance(node, ast.ImportFrom) and package == "vllm" and not node.level:
