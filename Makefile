@@ -28,7 +28,8 @@ test: $(STAMP)
 FAST := tests/test_docs.py \
 	$(patsubst %,tests/optimizers/test_%.py,congo recovery registry sensing step tune_config tune_kubernetes) \
 	$(patsubst %,tests/plugins/test_%.py,cli endpoint guide heads params policy probe value_model) \
-	$(patsubst %,tests/trainers/test_%.py,candidates exports packing pareto rewards statistics)
+	$(patsubst %,tests/trainers/test_%.py,candidates exports packing rewards statistics) \
+	$(patsubst %,tests/trainers/test_evaluation_%.py,fronts judge report sweep)
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(FAST)
 

@@ -7,40 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data import write_rollouts
+    from .evaluation.fronts import distinct_n, evaluate, hypervolume
+    from .evaluation.judge import PairwiseJudge, judge_points
+    from .evaluation.points import Point, Policy, Response
+    from .evaluation.report import write_report
+    from .evaluation.sweep import simplex_weights, sweep
     from .mavis_config import MAVISConfig
     from .mavis_trainer import MAVISTrainer
-    from .pareto import (
-        PairwiseJudge,
-        Point,
-        Policy,
-        Response,
-        distinct_n,
-        evaluate,
-        hypervolume,
-        judge_points,
-        simplex_weights,
-        sweep,
-    )
-    from .pareto_report import write_report
     from .rollouts import read_rollouts
     from .trees import Tree
 
 _MODULES = {
     "MAVISConfig": "mavis_config",
     "MAVISTrainer": "mavis_trainer",
-    "PairwiseJudge": "pareto",
-    "Point": "pareto",
-    "Policy": "pareto",
-    "Response": "pareto",
+    "PairwiseJudge": "evaluation.judge",
+    "Point": "evaluation.points",
+    "Policy": "evaluation.points",
+    "Response": "evaluation.points",
     "Tree": "trees",
-    "distinct_n": "pareto",
-    "evaluate": "pareto",
-    "hypervolume": "pareto",
-    "judge_points": "pareto",
+    "distinct_n": "evaluation.fronts",
+    "evaluate": "evaluation.fronts",
+    "hypervolume": "evaluation.fronts",
+    "judge_points": "evaluation.judge",
     "read_rollouts": "rollouts",
-    "simplex_weights": "pareto",
-    "sweep": "pareto",
-    "write_report": "pareto_report",
+    "simplex_weights": "evaluation.sweep",
+    "sweep": "evaluation.sweep",
+    "write_report": "evaluation.report",
     "write_rollouts": "data",
 }
 _EXTRAS = {

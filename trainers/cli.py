@@ -335,7 +335,7 @@ def evaluate(arguments: list[str]) -> int:
         print(EVALUATE_HELP, end="")
         return 0
     with bad_input("evaluate"):
-        from .evaluation import (
+        from .evaluation.command import (
             EvaluateArguments,
             Refused,
             check_arguments,

@@ -16,7 +16,7 @@ import torch
 from trimtab.__main__ import main
 from trimtab.plugins.value_config import load_config
 from trimtab.plugins.value_model import MAVISValueModel
-from trimtab.trainers import evaluation
+from trimtab.trainers.evaluation import command
 from trimtab.trainers.samplers import TransformersSampler
 
 REWARDS = """
@@ -235,7 +235,7 @@ def test_models_are_given_before_flags_or_in_the_yaml_file(
     folder, base_model, value_model, capsys, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(evaluation, "evaluate_value_model", lambda *a: asked.append(a) or [])
+    monkeypatch.setattr(command, "evaluate_value_model", lambda *a: asked.append(a) or [])
     (folder / "evaluate.yaml").write_text(
         f"model_name_or_path: {base_model}\nvalue_model: {value_model}\noutput_dir: out\n"
         f"dataset_name: prompts.jsonl\nreward_funcs: [{REWARD_FUNCS[0]}]\nbetas: [1, 2]\n"

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .points import weights_label
+
 
 def write_report(result: Mapping[str, Any], path: str | Path, intro: str = "") -> list[Path]:
     """
@@ -55,10 +57,6 @@ def _interval(x: Mapping[str, float], digits: int = 2, sign: str = "+") -> str:
     return (
         f"{x['value']:{sign}.{digits}f} [{x['low']:{sign}.{digits}f}, {x['high']:{sign}.{digits}f}]"
     )
-
-
-def _weights(weights: Mapping[str, float]) -> str:
-    return " + ".join(f"{value:.3g} {name}" for name, value in weights.items() if value) or "none"
 
 
 def _kl(entry: Mapping[str, Any]) -> str:
@@ -208,7 +206,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             [
                 p["method"],
                 f"{p['strength']:g}",
-                _weights(p["weights"]),
+                weights_label(p["weights"]),
                 *(_interval(p["gain"][o]) for o in objectives),
                 _kl(p),
                 "" if p["log_ratio"] is None else f"{p['log_ratio']['value']:.1f}",
@@ -391,7 +389,7 @@ def to_html(result: Mapping[str, Any]) -> str:
             "method": p["method"],
             "gain": p["gain"],
             "kl": p["kl"],
-            "label": f"{p['method']}, {p['strength']:g}: {_weights(p['weights'])}\n"
+            "label": f"{p['method']}, {p['strength']:g}: {weights_label(p['weights'])}\n"
             + "\n".join(f"{o} {_interval(p['gain'][o])}" for o in result["objectives"])
             + f"\nKL {_kl(p)} nats, distinct-2 {p['distinct_2']:.2f}, {p['length']:.0f} tokens",
         }

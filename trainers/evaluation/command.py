@@ -1,7 +1,6 @@
 """`trimtab evaluate`: the front of a value model's objectives, from prompts to the report.
 
-The sweep and its measures are those of [`pareto`]; here is what samples for it, in this process or
-from a server that guides.
+Here is what samples for the sweep, in this process or from a server that guides.
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ from transformers import AutoTokenizer
 from trimtab.plugins.client import find_server
 from trimtab.plugins.value_config import MAVISValueConfig, load_config
 
-from .base_model import end_tokens
-from .fingerprints import guidance_fingerprint
-from .pareto import Point, Policy, Response, evaluate, simplex_weights, sweep
-from .pareto_report import write_report
-from .samplers import Piece, ServerSampler, TransformersSampler, VLLMSampler
-from .trees import TreeConfig
+from ..base_model import end_tokens
+from ..fingerprints import guidance_fingerprint
+from ..samplers import Piece, ServerSampler, TransformersSampler, VLLMSampler
+from ..trees import TreeConfig
+from .fronts import evaluate
+from .points import Point, Policy, Response
+from .report import write_report
+from .sweep import simplex_weights, sweep
 
 
 @dataclass
