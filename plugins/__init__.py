@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from .engine import ValueEngine
     from .heads import MAVISValueHeads
     from .params import GuidanceParams
-    from .search import SearchOutput, beam_search, best_of_n
+    from .search.beam import beam_search
+    from .search.best_of_n import best_of_n
+    from .search.interface import SearchOutput
     from .value_config import MAVISValueConfig
     from .value_model import MAVISValueModel
 
@@ -18,10 +20,10 @@ _MODULES = {
     "MAVISValueConfig": "value_config",
     "MAVISValueHeads": "heads",
     "MAVISValueModel": "value_model",
-    "SearchOutput": "search",
+    "SearchOutput": "search.interface",
     "ValueEngine": "engine",
-    "beam_search": "search",
-    "best_of_n": "search",
+    "beam_search": "search.beam",
+    "best_of_n": "search.best_of_n",
 }
 
 __all__ = [

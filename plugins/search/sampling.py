@@ -7,7 +7,6 @@ values; `sample` decides which go on.
 
 from __future__ import annotations
 
-import inspect
 import math
 import pkgutil
 from collections.abc import Sequence
@@ -17,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from transformers import LogitsProcessor
 
-from .heads import MAVISValueHeads, value_of_code
-from .hidden_states import OutputLayerInput
-from .transformers import MAVISLogitsProcessor
-from .value_config import MAVISValueConfig
+from ..heads import MAVISValueHeads, value_of_code
+from ..hidden_states import OutputLayerInput
+from ..transformers import MAVISLogitsProcessor
+from ..value_config import MAVISValueConfig
+from .interface import as_list, cache_name, left_padded
 
 # What a host counts from where a call begins, which a round is not the first token of.
 COUNTED = {
@@ -146,9 +146,7 @@ class TransformersHost:
         self.eos = as_list(eos)
         if self.eos:  # never seen: what follows the end is cut off
             self.options.setdefault("pad_token_id", self.eos[0])
-        # Of transformers before 5.24 it has another name.
-        names = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"
+        self.cache_name = cache_name(model)
         self.cache: Any = None
         self.ids = self.mask = torch.zeros((0, 0), dtype=torch.int64)  # [rows, length]
         self.hidden = torch.zeros((0, 0))  # [rows, hidden_size], of each row's last token
@@ -345,8 +343,8 @@ def _served_objectives(llm: Any, configs: Sequence[MAVISValueConfig]) -> list[li
     Raises:
         ValueError: The engine does not guide by these heads.
     """
-    from .vllm import MAVISLogitsProcessor as Processor
-    from .vllm import serving
+    from ..vllm import MAVISLogitsProcessor as Processor
+    from ..vllm import serving
 
     config = llm.llm_engine.vllm_config
     remedy = (
@@ -402,18 +400,3 @@ def _check_last(rounds: Sequence[tuple[int, int]], limit: int) -> None:
             f"keep[{rounds[-1][0]}] is to drop responses after that many tokens, and they have at "
             f"most {limit}: choose fewer"
         )
-
-
-def left_padded(texts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, `[batch, longest]` int64."""
-    longest = max(map(len, texts))
-    input_ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
-    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-    return input_ids.to(device), mask.to(device)
-
-
-def as_list(eos_token_id: int | Sequence[int] | None) -> list[int]:
-    """Tokens that end a response."""
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)

@@ -12,7 +12,7 @@ from tests.conftest import EOS, make_heads, make_tokenizer, make_value_model
 from tests.reference import Reference
 from trimtab.plugins import MAVISValueHeads, best_of_n
 from trimtab.plugins.heads import HeadGuide, value_code, value_of_code
-from trimtab.plugins.sampling import left_padded
+from trimtab.plugins.search.interface import left_padded
 from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [33, 34, 35, 36]]
