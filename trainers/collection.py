@@ -24,7 +24,7 @@ from .rewards import RewardLog
 from .rollouts import collect_rollouts, read_rollouts, switch_policy
 from .samplers import Sampler, ServerSampler, TransformersSampler, VLLMSampler, prompt_log_probs
 from .sources import Sources, rollout_dir
-from .trees import Tree, TreeConfig
+from .trees import StoredTrees, TreeConfig
 
 if TYPE_CHECKING:
     from trimtab.plugins.value_config import MAVISValueConfig
@@ -84,7 +84,7 @@ class Collection:
         """Fingerprint of the base model's weights."""
         return weights_fingerprint(self.sources.base_model, self.args.model_init_kwargs)
 
-    def of_base_model(self, state: Any) -> dict[str, list[Tree]]:
+    def of_base_model(self, state: Any) -> dict[str, StoredTrees]:
         """
         Trees of every dataset, by its name: of the base model's responses, and of its own.
 
@@ -96,13 +96,12 @@ class Collection:
         # Asked once: what a function keeps from its calls is no part of it.
         self._reward_ids = {name: identify(func) for name, func in sources.reward_funcs.items()}
         with self._sampling():
-            trees = {
-                name: [
-                    *(self.collect(name, state) if sources.reward_funcs else []),
-                    *(self._store(name) if sources.responses else []),
-                ]
-                for name in sources.prompts
-            }
+            trees = dict.fromkeys(sources.prompts, StoredTrees([]))
+            for name in trees:
+                if sources.reward_funcs:
+                    trees[name] += self.collect(name, state)
+                if sources.responses:
+                    trees[name] += self._store(name)
         for responses in sources.responses.values():
             if responses.references:
                 model: Any = load_base_model(self.sources.base_model, self.args)
@@ -117,7 +116,7 @@ class Collection:
 
     def of_policies(
         self, names: Iterable[str], state: Any, iteration: int, value_model: Path
-    ) -> dict[str, dict[str, list[Tree]]]:
+    ) -> dict[str, dict[str, StoredTrees]]:
         """Trees of these datasets, by objective, of the policies that a value model guides."""
         with self._sampling():
             return {
@@ -135,7 +134,7 @@ class Collection:
         objective: str | None = None,
         iteration: int = 0,
         value_model: Path | None = None,
-    ) -> list[Tree]:
+    ) -> StoredTrees:
         """The rollouts of a dataset under the base model, or the policy of one objective."""
         args, dataset = self.args, self.sources.prompts[name]
         folder, reward_funcs, weights = self.folder / name, self.sources.reward_funcs, None
@@ -183,18 +182,20 @@ class Collection:
             reward_log=log,
         )
         self.accelerator.wait_for_everyone()
-        trees: list[Tree] = read_rollouts(folder)
+        trees: StoredTrees = read_rollouts(folder)
         self._report(name, trees, log)
         return trees
 
-    def _store(self, name: str) -> list[Tree]:
+    def _store(self, name: str) -> StoredTrees:
         """The trees of a dataset's own responses."""
-        folder = self.folders(name)[-1]
+        folder, responses = self.folders(name)[-1], self.sources.responses[name]
         if self.accelerator.is_main_process:
-            responses, base_model = self.sources.responses[name], self.sources.base_model
+            base_model = self.sources.base_model
             store_responses(folder, responses, self.args.rollout_batch_size, base_model)
         self.accelerator.wait_for_everyone()
-        return read_rollouts(folder)
+        trees: StoredTrees = read_rollouts(folder)
+        responses.trees = trees  # no longer in memory
+        return trees
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
@@ -269,7 +270,7 @@ class Collection:
             write_json(path, found)
         return tokens, found["log_probs"]
 
-    def _report(self, name: str, trees: list[Tree], log: RewardLog) -> None:
+    def _report(self, name: str, trees: StoredTrees, log: RewardLog) -> None:
         """Logs what reward functions have logged, and a sample of the responses if asked to."""
         logged: dict[str, list[float]] = {}
         for of_process in gather_object([dict(log.metrics)]):

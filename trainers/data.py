@@ -65,7 +65,7 @@ class Responses:
             Prompt, tokens and their log-probabilities of some of these responses, if they have any.
     """
 
-    trees: list[Tree]
+    trees: Sequence[Tree]
     cut: int
     from_base: bool = False
     references: list[tuple[list[int], list[int], list[float]]] = field(default_factory=list)

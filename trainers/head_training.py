@@ -37,6 +37,7 @@ from trimtab.plugins.value_model import MAVISValueModel
 
 from .data import as_given
 from .hidden_states import HeadDataset, cache_hidden_states, collate_rows
+from .mapped_arrays import MappedArrays
 from .preferences import pair_loss, running_sums
 from .statistics import interval, prompt_draws
 
@@ -157,10 +158,15 @@ def _fit_alike(
     columns: list[int],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """[`fit_values`] of objectives that are known of the same responses."""
-    labels = [torch.as_tensor(item["labels"])[:, columns].nan_to_num() for item in items]
-    reach = [torch.as_tensor(item["reach"])[:, columns[:1]] for item in items]
+
+    def labels(item: dict[str, Any]) -> torch.Tensor:
+        return torch.as_tensor(item["labels"])[:, columns].nan_to_num()
+
+    def reach(item: dict[str, Any]) -> torch.Tensor:
+        return torch.as_tensor(item["reach"])[:, columns[:1]]
+
     count = len(columns)
-    told = [bool((share > 0).any()) for share in reach]
+    told = [bool((reach(item) > 0).any()) for item in items]
     folds = min(FOLDS, sum(told))
     fold_of = np.cumsum([0, *told[:-1]]) % folds  # each has as many items that say something
     first = with_bias(features(items[0]))
@@ -169,9 +175,9 @@ def _fit_alike(
     moments = torch.zeros(folds, width, count, dtype=torch.float64, device=device)
     for i, item in enumerate(items):
         x = with_bias(features(item))
-        weighted = (x * reach[i].to(device)).T
+        weighted = (x * reach(item).to(device)).T
         grams[fold_of[i]] += weighted @ x
-        moments[fold_of[i]] += weighted @ labels[i].to(device)
+        moments[fold_of[i]] += weighted @ labels(item).to(device)
     gram, moment = grams.sum(0), moments.sum(0)
     ridge = gram[-1, -1].expand(width).clone()
     ridge[-1] = 0  # the bias is free
@@ -190,15 +196,17 @@ def _fit_alike(
         torch.cat([solve(fold if folds > 1 else None, s) for s in STRENGTHS], dim=1)
         for fold in range(folds)
     ]
-    values = [
-        (with_bias(features(x)) @ solved[fold_of[i]]).cpu().unflatten(1, (-1, count))
-        for i, x in enumerate(items)
-    ]  # [n, strengths, n_objectives] each
+
+    def values(i: int) -> torch.Tensor:
+        """Of an item by all strengths, `[n, strengths, n_objectives]`."""
+        return (with_bias(features(items[i])) @ solved[fold_of[i]]).cpu().unflatten(1, (-1, count))
+
     errors = torch.zeros(len(STRENGTHS))
-    for value, label, share in zip(values, labels, reach):
-        errors += (share[:, None] * (value - label[:, None]).square()).sum((0, 2))
+    for i, item in enumerate(items):
+        squares = (values(i) - labels(item)[:, None]).square()
+        errors += (reach(item)[:, None] * squares).sum((0, 2))
     best = int(errors.argmin())
-    return solve(None, STRENGTHS[best]), [value[:, best] for value in values]
+    return solve(None, STRENGTHS[best]), [values(i)[:, best].clone() for i in range(len(items))]
 
 
 def lambda_returns(
@@ -238,26 +246,34 @@ def add_baseline(
     held_out: Sequence[dict[str, Any]],
     embedding: torch.Tensor,
     device: torch.device,
+    keep: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> None:
     """
     Adds to every item its `baseline`, `[n, n_objectives]` float32: of a regression on the others,
-    or for those held out, on all of `items`.
+    or for those held out, on all of `items`. `keep` is that of [`MappedArrays`].
     """
     features = BranchFeatures(items, embedding, device)
     weights, values = fit_values(items, features)
     for item, value in zip(items, values):
-        item["baseline"] = value
+        item["baseline"] = keep(value.numpy())
     for item in held_out:
-        item["baseline"] = (with_bias(features(item)) @ weights).cpu()
+        item["baseline"] = keep((with_bias(features(item)) @ weights).cpu().numpy())
 
 
-def add_excess(items: Sequence[dict[str, Any]], gae_lambda: float) -> None:
-    """Adds to every item `excess`, what a token's return exceeds the baseline before it by."""
+def add_excess(
+    items: Sequence[dict[str, Any]],
+    gae_lambda: float,
+    keep: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> None:
+    """
+    Adds to every item `excess`, what a token's return exceeds the baseline before it by. `keep` is
+    that of [`MappedArrays`].
+    """
     for item in items:
         batch = collate_rows([item])
         baseline = batch["baseline"]
         returns = lambda_returns(batch, baseline, gae_lambda)
-        item["excess"] = returns - baseline[batch["previous"]]
+        item["excess"] = keep((returns - baseline[batch["previous"]]).numpy())
 
 
 def sampled_shares(
@@ -656,6 +672,7 @@ class HeadTraining(TrainerCallback):
         datasets, with their hidden states.
         """
         trainer = self.trainer
+        self._keep = MappedArrays(trainer._collection.folder).keep
         items, held_out = self._read({name: trainer._collection.folders(name) for name in trees})
         self.held_out = list(chain(*held_out.values()))
         for i, name in enumerate(trainer.objectives):
@@ -674,8 +691,9 @@ class HeadTraining(TrainerCallback):
         if trainer._kept is None:
             model.set_statistics(item["hidden"] for item in items)
         set_values(model, items)
-        add_baseline(items, self.held_out, self.embedding, model.value.weight.device)
-        add_excess(items, trainer.args.gae_lambda)
+        device = model.value.weight.device
+        add_baseline(items, self.held_out, self.embedding, device, self._keep)
+        add_excess(items, trainer.args.gae_lambda, self._keep)
 
     def pack_policies(
         self, trees: Mapping[str, Iterable[str]], iteration: int, value_model: Path
@@ -687,7 +705,7 @@ class HeadTraining(TrainerCallback):
         its returns exceed that policy's values by.
 
         Args:
-            trees (`dict[str, dict[str, list[Tree]]]`):
+            trees (`dict[str, dict[str, StoredTrees]]`):
                 By dataset, then by objective, of which they are read again from their folders.
             iteration (`int`):
                 That they were sampled for.
@@ -709,7 +727,8 @@ class HeadTraining(TrainerCallback):
             for item in (*items, *held_out):
                 hidden, candidates = (item[key].to(device) for key in ("hidden", "candidates"))
                 scores = guide.scores(hidden, candidates.long(), weights.expand(len(hidden), -1))
-                item["log_probs"] = (item["log_probs"] + scores.cpu()).log_softmax(-1)
+                guided = (item["log_probs"] + scores.cpu()).log_softmax(-1)
+                item["log_probs"] = torch.from_numpy(self._keep(guided.numpy()))
             # Alike but for the labels: what is not known of them has no baseline.
             learnt, kept = (
                 [{**x, **{name: x[name][:, [i]] for name in ("labels", "reach")}} for x in part]
@@ -717,9 +736,9 @@ class HeadTraining(TrainerCallback):
             )
             add_baseline(learnt, kept, self.embedding, device)
             for item, of_own in zip((*items, *held_out), (*learnt, *kept)):
-                item["baseline"] = np.full(item["labels"].shape, np.nan, dtype=np.float32)
+                item["baseline"] = self._keep(np.full_like(item["labels"], np.nan))
                 item["baseline"][:, i] = of_own["baseline"][:, 0]
-            add_excess(items, trainer.args.gae_lambda)
+            add_excess(items, trainer.args.gae_lambda, self._keep)
             trainer.train_dataset.items += items
             for split, part in parts.items():
                 by_name.setdefault(split, []).extend(part)
@@ -761,6 +780,7 @@ class HeadTraining(TrainerCallback):
             np.array(config.reward_mean),
             np.array(config.reward_std),
             trainer.args.kl_penalty,
+            self._keep,
         )
         made.items += items
         return made

@@ -307,6 +307,8 @@ class HeadDataset(Dataset):
             Divides the rewards, `[n_objectives]`.
         kl_penalty (`float`, *optional*, defaults to `0.0`):
             Standard deviations that a nat of KL to the base model costs, on trees of a policy.
+        keep (`Callable[[np.ndarray], np.ndarray]`, *optional*):
+            Of [`MappedArrays`], for the other arrays; by default they are in memory.
     """
 
     def __init__(
@@ -316,6 +318,7 @@ class HeadDataset(Dataset):
         mean: np.ndarray,
         std: np.ndarray,
         kl_penalty: float = 0.0,
+        keep: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ) -> None:
         self.items: list[dict[str, Any]] = []
         for folder in folders:
@@ -338,6 +341,7 @@ class HeadDataset(Dataset):
                     stop = start + len(rows["tokens"])
                     part = {name: tensor[start:stop] for name, tensor in stored.items()}
                     if known.any():
+                        rows = {name: keep(array) for name, array in rows.items()}
                         self.items.append({**rows, **part, "tree": tree.prompt_index})
                     start = stop
 

@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from trimtab.plugins.value_config import load_config
 from .fingerprints import state_fingerprint
 from .run_state import RunState, adapter_of, arguments_of, trees_fingerprint
 from .statistics import interval, prompt_draws
-from .trees import Tree
+from .trees import StoredTrees, Tree
 
 logger = logging.get_logger(__name__)
 
@@ -43,9 +42,9 @@ class Iterations:
     Attributes:
         current (`int`):
             The iteration that is made.
-        base_trees (`dict[str, list[Tree]]`):
+        base_trees (`dict[str, StoredTrees]`):
             The first one's trees by dataset, once they are collected.
-        trees (`list[Tree]`):
+        trees (`StoredTrees`):
             Those of all iterations so far to train on.
         history ([`PolicyHistory`]):
             Measures of the policies.
@@ -58,8 +57,8 @@ class Iterations:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.current = 0
-        self.base_trees: dict[str, list[Tree]] = {}
-        self.trees: list[Tree] = []
+        self.base_trees: dict[str, StoredTrees] = {}
+        self.trees = StoredTrees([])
         self.history = PolicyHistory(trainer.args.beta)
         self._trainings = 0  # that have begun
 
@@ -81,7 +80,7 @@ class Iterations:
     def _begin(self) -> None:
         """Everything as before the first iteration, but for the weights."""
         trainer, config, trees = self.trainer, self.trainer.value_config, self.base_trees
-        self.current, self.trees = 0, [*trees["train"]]
+        self.current, self.trees = 0, trees["train"]
         config.candidate_scale = None  # what it came with is of other values
         rollouts, within = trainer._sources.describe(trainer.tree_config)
         training = {
@@ -190,10 +189,10 @@ class Iterations:
         if set(names) - {"train"}:
             self._measure(by_name, value_model)
         if "train" in names:
-            self.trees += chain(*by_name["train"].values())
+            self.trees = sum(by_name["train"].values(), self.trees)
             trainer._training.pack_policies(by_name, self.current, value_model)
 
-    def _measure(self, by_name: dict[str, dict[str, list[Tree]]], value_model: Path) -> None:
+    def _measure(self, by_name: dict[str, dict[str, StoredTrees]], value_model: Path) -> None:
         """Measures the policies that a value model guides, on trees by dataset and objective."""
         trainer, config = self.trainer, self.trainer.value_config
         measures = {
@@ -238,9 +237,9 @@ class Iterations:
         trainer._training.conclude(found)
 
 
-def held_out(by_name: Mapping[str, Sequence[Tree]]) -> list[Tree]:
+def held_out(by_name: Mapping[str, StoredTrees]) -> StoredTrees:
     """Of trees by dataset those of all that are evaluated on."""
-    return [tree for name, trees in by_name.items() if name != "train" for tree in trees]
+    return sum((trees for name, trees in by_name.items() if name != "train"), StoredTrees([]))
 
 
 class PolicyHistory:

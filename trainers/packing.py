@@ -7,7 +7,7 @@ at the positions that it has in its own response. The label of a token is the va
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,8 @@ class TreeDataset(Dataset):
         pairs (`bool`, *optional*, defaults to `False`):
             Whether every two leaves of a tree are a pair, which is a sequence of its own, however
             long; it has `margins`, `[1]` float32, too.
+        keep (`Callable[[np.ndarray], np.ndarray]`, *optional*):
+            Of [`MappedArrays`], for the sequences' arrays; by default they are in memory.
     """
 
     def __init__(
@@ -198,6 +200,7 @@ class TreeDataset(Dataset):
         seed: int = 0,
         kl_penalty: float = 0.0,
         pairs: bool = False,
+        keep: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ) -> None:
         self.sequences: list[dict[str, Any]] = []
         for tree in trees:
@@ -213,7 +216,9 @@ class TreeDataset(Dataset):
             else:
                 kept = keep_leaves(tree, leaf_fraction, seed)
                 packed = pack_tree(tree, values, max_length, kept, kl_penalty)
-            self.sequences += [{**sequence, "tree": tree.prompt_index} for sequence in packed]
+            for sequence in packed:
+                arrays = {name: keep(array) for name, array in sequence.items()}
+                self.sequences.append({**arrays, "tree": tree.prompt_index})
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .fingerprints import Unknown, columns_read, digest_of, identify
 from .rewards import RewardFunc, RewardLog, compute_rewards
 from .samplers import Sampler
-from .trees import FORMAT, Node, Tree, TreeConfig, read_trees, write_trees
+from .trees import FORMAT, Node, StoredTrees, Tree, TreeConfig, read_trees, write_trees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,8 +107,9 @@ def read_rollouts(folder: str | Path) -> Any:
             `.parquet`.
 
     Returns:
-        `list[Tree]` of a folder, in the order of their prompts; of a file, a [`~datasets.Dataset`]
-        for [`MAVISTrainer`] without `reward_funcs`.
+        A sequence of `Tree` of a folder, in the order of their prompts, which reads a file of them
+        at a time as they are asked for; of a file, a [`~datasets.Dataset`] for [`MAVISTrainer`]
+        without `reward_funcs`.
 
     Raises:
         ValueError: A file is damaged, or has a row that is no response with scores. The message
@@ -127,11 +128,7 @@ def read_rollouts(folder: str | Path) -> Any:
         from .data import read_rollout_file
 
         return read_rollout_file(Path(folder))
-    return [
-        tree
-        for path in sorted(Path(folder).glob("trees-*.parquet"))
-        for tree in read_trees(path)[0]
-    ]
+    return StoredTrees(sorted(Path(folder).glob("trees-*.parquet")))
 
 
 def collect_rollouts(
@@ -150,7 +147,7 @@ def collect_rollouts(
     num_processes: int = 1,
     reward_ids: Mapping[str, str] | None = None,
     reward_log: RewardLog | None = None,
-) -> list[Tree]:
+) -> StoredTrees:
     """
     Samples and rewards one tree per prompt, or reads what an earlier run left and does the rest.
 
@@ -192,7 +189,7 @@ def collect_rollouts(
             not scored again, and logs nothing.
 
     Returns:
-        `list[Tree]`: One tree per prompt of this process, in order.
+        `StoredTrees`: One tree per prompt of this process, in order.
     """
     if taken := sorted({"prompts", "completions", "completion_ids"} & set(columns)):
         raise ValueError(
@@ -218,7 +215,7 @@ def collect_rollouts(
     read = {name: columns_read(func, columns) for name, func in reward_funcs.items()}
     decoder = digest_of(tokenizer)
     sampler = None
-    collected: list[Tree] = []
+    collected: list[Path] = []
     starts = list(range(0, len(prompts), batch_size))[process_index::num_processes]
     batches = [range(start, min(start + batch_size, len(prompts))) for start in starts]
     progress = tqdm(
@@ -252,11 +249,11 @@ def collect_rollouts(
                 score_trees(trees, name, func, prompts, columns, tokenizer, reward_log)
                 stored[name] = reward_id
                 write_trees(path, trees, stored)
-            collected += trees
+            collected.append(path)
             progress.update(len(rows))
     finally:
         progress.close()
-    return collected
+    return StoredTrees(collected)
 
 
 def content_id(value: Any, name: str) -> str:

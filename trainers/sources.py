@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from .data import (
 )
 from .preferences import UTILITY_STD
 from .rewards import RewardFunc, load_reward_funcs, reward_statistics
-from .trees import Tree, TreeConfig
+from .trees import StoredTrees, TreeConfig
 
 logger = logging.get_logger(__name__)
 
@@ -214,13 +213,11 @@ class Sources:
         """Whether what is learnt from was sampled by the policy that it is taken to be of."""
         return all(responses.from_base for responses in self.responses.values())
 
-    def split(self, trees: Sequence[Tree]) -> tuple[list[Tree], list[Tree]]:
+    def split(self, trees: StoredTrees) -> tuple[StoredTrees, StoredTrees]:
         """Of trees those that were sampled, and those of a dataset's own responses."""
-        sampled = [tree for tree in trees if self.reward_funcs.keys() & tree.rewards.keys()]
-        of_data = [tree for tree in trees if not self.reward_funcs.keys() & tree.rewards.keys()]
-        return sampled, of_data
+        return trees.split(self.reward_funcs)
 
-    def statistics(self, trees: Sequence[Tree]) -> tuple[list[float], list[float]]:
+    def statistics(self, trees: StoredTrees) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of every objective, which values are standardised by."""
         if self.pairs:
             return [0.0], [UTILITY_STD]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,10 @@ from .candidates import (
     candidate_differences,
 )
 from .data import as_given
+from .mapped_arrays import MappedArrays
 from .packing import DataCollatorForTrees, TreeDataset
 from .preferences import pair_loss
-from .trees import Tree
+from .trees import StoredTrees
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -148,7 +148,7 @@ class StateTraining:
             model.get_input_embeddings().requires_grad_(args.train_embeddings)
         return model, tree_collator(model, self.trainer.eos_token_ids)
 
-    def pack(self, trees: Mapping[str, list[Tree]]) -> None:
+    def pack(self, trees: Mapping[str, StoredTrees]) -> None:
         """Makes the trainer's datasets: all trees so far to train on, these to evaluate."""
         trainer, args, config = self.trainer, self.trainer.args, self.trainer.value_config
         pack = functools.partial(
@@ -159,6 +159,7 @@ class StateTraining:
             max_length=args.max_length,
             kl_penalty=args.kl_penalty,
             pairs=trainer._sources.pairs,
+            keep=MappedArrays(trainer._collection.folder).keep,
         )
         sampled, of_data = trainer._sources.split(trainer._iterations.trees)
         trainer.train_dataset = pack(sampled, leaf_fraction=args.leaf_fraction, seed=args.seed)
@@ -175,10 +176,10 @@ class StateTraining:
             ]
 
     def pack_policies(
-        self, trees: Mapping[str, Mapping[str, list[Tree]]], iteration: int, value_model: Path
+        self, trees: Mapping[str, Mapping[str, StoredTrees]], iteration: int, value_model: Path
     ) -> None:
         """The same of an iteration's trees, by dataset and objective."""
-        self.pack({name: list(chain(*of.values())) for name, of in trees.items()})
+        self.pack({name: sum(of.values(), StoredTrees([])) for name, of in trees.items()})
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any]:
         """The loss of a batch, and the model's outputs; its measures are added."""

@@ -7,10 +7,11 @@ node is the mean reward of the responses below it: an unbiased sample of `V(pref
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -261,3 +262,75 @@ def read_trees(path: Path) -> tuple[list[Tree], dict[str, str]]:
         trees.append(Tree(int(columns["tree"][start]), nodes, rewards))
     metadata = table.schema.metadata or {}
     return trees, {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """Of a file, which is replaced as a whole."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+class StoredTrees(Sequence[Tree]):
+    """
+    Trees of files of [`write_trees`], which are read as they are asked for: one file's are in
+    memory at a time, and those of a tree that is asked for twice may be two.
+
+    Args:
+        paths (`list[Path]`):
+            The files, in order.
+
+    Raises:
+        ValueError: On reading, if a file has been written since.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths = list(paths)
+        self._versions = [_version(path) for path in self.paths]
+        counts = [
+            np.sum(pq.read_table(path, columns=["node"])["node"].to_numpy() == 0)
+            for path in self.paths
+        ]
+        self._ends = np.cumsum(counts, dtype=int).tolist()
+        self._latest: tuple[int, list[Tree]] = (-1, [])
+
+    def _of_file(self, number: int) -> list[Tree]:
+        if self._latest[0] != number:
+            path = self.paths[number]
+            if _version(path) != self._versions[number]:
+                raise ValueError(
+                    f"{str(path)!r} has been written since it was found: give each run a "
+                    "`rollout_dir` of its own, and read the folder again"
+                )
+            self._latest = number, read_trees(path)[0]
+        return self._latest[1]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __iter__(self) -> Iterator[Tree]:
+        for number in range(len(self.paths)):
+            yield from self._of_file(number)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self._ends, index)
+        return self._of_file(number)[index - self._ends[number]]
+
+    def __add__(self, other: StoredTrees) -> StoredTrees:
+        return StoredTrees([*self.paths, *other.paths])
+
+    def split(self, names: Iterable[str]) -> tuple[StoredTrees, StoredTrees]:
+        """Those that have one of these rewards, and the others."""
+        columns = {f"reward/{name}" for name in names}
+        found = [bool(columns & set(pq.read_schema(path).names)) for path in self.paths]
+        some, others = (
+            StoredTrees([p for p, has in zip(self.paths, found) if has == which])
+            for which in (True, False)
+        )
+        return some, others

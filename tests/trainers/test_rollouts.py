@@ -184,7 +184,7 @@ def test_each_layer_is_one_call():
 
 
 def collect(folder, tokenizer, sampler, funcs=None, config=None, prompts=PROMPTS, **kwargs):
-    return collect_rollouts(
+    trees = collect_rollouts(
         folder,
         prompts=prompts,
         columns={"number": list(range(len(prompts)))},
@@ -198,6 +198,7 @@ def collect(folder, tokenizer, sampler, funcs=None, config=None, prompts=PROMPTS
         batch_size=2,
         **kwargs,
     )
+    return list(trees)
 
 
 def length(completion_ids, **kwargs):
@@ -255,7 +256,7 @@ def test_failing_reward_keeps_the_rollouts(tmp_path, tokenizer):
     sampler = CoinSampler()
     with pytest.raises(RuntimeError, match=r"'length' raised RuntimeError: down.*'a e'"):
         collect(tmp_path, tokenizer, sampler, {"length": broken})
-    kept = read_rollouts(tmp_path)
+    kept = list(read_rollouts(tmp_path))
     assert [tree.prompt_index for tree in kept] == [0, 1, 2, 3, 4, 5]
     assert "length" not in kept[4].rewards
 

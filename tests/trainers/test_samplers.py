@@ -440,7 +440,7 @@ def test_rollouts_over_two_real_servers_survive_the_death_of_one(
         monkeypatch.setattr(samplers.logger, "warning", warnings.append)
         shared = collect("shared", [url, other])
         assert len(warnings) == 1 and f"'{url}/v1' is left out" in warnings[0]
-    assert shared == alone == read_rollouts(tmp_path / "shared")
+    assert shared == alone == list(read_rollouts(tmp_path / "shared"))
     assert [tree.prompt_index for tree in shared] == list(range(len(prompts)))
 
 
