@@ -127,7 +127,7 @@ def test_rollouts_are_collected_scored_and_shown(folder, capsys):
     assert run("rollouts", "score", *config) == 2, "nothing is there to score"
     assert "`trimtab rollouts collect` samples them" in capsys.readouterr().err
     assert run("rollouts", "collect", *config) == 0
-    first = read_rollouts("value_model/rollouts/train")
+    first = list(read_rollouts("value_model/rollouts/train"))
     both = ["--reward_funcs", "goodness=cli_rewards:goodness", "badness=cli_rewards:badness"]
     assert run("rollouts", "score", *config, *both) == 0
     second = read_rollouts("value_model/rollouts/train")

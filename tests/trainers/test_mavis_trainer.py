@@ -382,7 +382,7 @@ def test_failing_reward_function_leaves_rollouts_to_resume_from(base_model, tmp_
     flaky.broken = True
     with pytest.raises(RuntimeError, match="'flaky' raised ConnectionError: no judge"):
         trainer(base_model, tmp_path, {"flaky": flaky}).train()
-    kept = read_rollouts(tmp_path / "rollouts" / "train")
+    kept = list(read_rollouts(tmp_path / "rollouts" / "train"))
     assert len(kept) == 8
     flaky.broken = False
     made = trainer(base_model, tmp_path, {"flaky": flaky}, num_train_epochs=1)

@@ -494,7 +494,7 @@ async def counted(*args):
 samplers.ServerSampler._complete = counted
 
 def trees(folder):
-    return [read_rollouts(folder / "rollouts" / name) for name in ("train", "eval")]
+    return [list(read_rollouts(folder / "rollouts" / name)) for name in ("train", "eval")]
 
 def serve(count):
     return servers.enter_context(vllm_servers({base!r}, root, count))

@@ -419,10 +419,11 @@ def test_rollouts_over_two_real_servers_survive_the_death_of_one(
     complete, answered = ServerSampler._complete, 0
 
     def collect(name, urls):
-        return collect_rollouts(
+        trees = collect_rollouts(
             tmp_path / name, prompts, {}, tokenizer, prompt_ids, {}, config, {END},
             lambda: ServerSampler(base_model, urls, config, {END}, reference), {}, batch_size=5,
         )  # fmt: skip
+        return list(trees)
 
     with vllm_servers(base_model, tmp_path, 2) as ((one, url), (_, other)):
 
