@@ -424,7 +424,7 @@ def summary(folder: Path, trees: Sequence[Any], prompts: int) -> list[str]:
     import numpy as np
     from transformers import AutoTokenizer
 
-    from .data import SOURCE
+    from .responses import SOURCE
     from .rewards import reward_statistics
 
     made = json.loads((folder / "rollouts.json").read_text())

@@ -12,7 +12,6 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,9 @@ from trimtab.plugins.params import check_objective_name
 
 from .files import replacing, write_json
 from .preferences import WIN
-from .run_state import trees_fingerprint
+from .responses import SOURCE, Responses, ResponseTrees, TokenLists
 from .samplers import SERVER_TOLERANCE, prompt_log_probs
-from .trees import FORMAT, MARGIN, Node, Tree, write_trees
+from .trees import FORMAT, MARGIN, write_trees
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,48 +37,12 @@ logger = logging.get_logger(__name__)
 PAIR = ("chosen", "rejected")  # columns of a pair
 PREFERENCE = "preference"  # the objective of pairs
 STEPS, LABELS = "completions", "labels"  # columns of responses in steps; the latter the objective
-SOURCE = "data"  # in a folder's rollouts.json
 NUMERIC = re.compile(r"u?int\d+|float\d+|double|bool")
 # Columns that are no scores
 RESPONSE = ("completion", "completion_ids", STEPS)
 ROLES = ("prompt", "prompt_ids", *RESPONSE, "model", "log_probs", "tools")
 FILES = (".jsonl", ".parquet")
 REFERENCES = 8  # responses whose log-probabilities are compared with the base model's
-
-
-@dataclass
-class Responses:
-    """
-    A dataset of scored responses, of steps or of pairs, as trees.
-
-    Args:
-        trees (`list[Tree]`):
-            One for every distinct prompt, in order of appearance, with a leaf for every row, or two
-            for every pair, the preferred one first. Its `prompt_index` is the prompt's first row.
-            Steps are nodes on the way to a leaf, which is the last one that has a label.
-        cut (`int`):
-            Number of responses longer than `max_completion_length`.
-        from_base (`bool`):
-            Whether each of them says that the base model sampled it.
-        references (`list[tuple[list[int], list[int], list[float]]]`):
-            Prompt, tokens and their log-probabilities of some of these responses, if they have any.
-    """
-
-    trees: Sequence[Tree]
-    cut: int
-    from_base: bool = False
-    references: list[tuple[list[int], list[int], list[float]]] = field(default_factory=list)
-
-    def describe(self) -> dict[str, Any]:
-        """For the provenance of what is trained from them."""
-        return {
-            "source": SOURCE,
-            "prompts": len(self.trees),
-            "responses": sum(len(tree.leaves()) for tree in self.trees),
-            "cut": self.cut,
-            "from_base_model": self.from_base,
-            "fingerprint": trees_fingerprint(self.trees),
-        }
 
 
 def score_columns(dataset: Dataset) -> list[str]:
@@ -169,7 +132,7 @@ def scored_in_data(reward_funcs: Any) -> list[str]:
 
 def once_each(
     dataset: Dataset, prompt_ids: Sequence[list[int]], objectives: Sequence[str]
-) -> tuple[Dataset, list[list[int]]]:
+) -> tuple[Dataset, TokenLists]:
     """
     The prompts of a dataset of responses, to sample from: the first row of each, without its
     response and the scores of these `objectives`.
@@ -177,7 +140,7 @@ def once_each(
     rows = list({tuple(ids): row for row, ids in reversed([*enumerate(prompt_ids)])}.values())[::-1]
     own = {*RESPONSE, "prompt_ids", "model", "log_probs", *objectives}
     kept = [column for column in dataset.column_names if column not in own]
-    return dataset.select_columns(kept).select(rows), [prompt_ids[row] for row in rows]
+    return dataset.select_columns(kept).select(rows), TokenLists(prompt_ids[row] for row in rows)
 
 
 def with_prompts(dataset: Any) -> Any:
@@ -508,8 +471,8 @@ def read_responses(
             log-odds, and `"model"`.
         objectives (`list[str]`):
             Columns to learn.
-        prompt_ids (`list[list[int]]`):
-            Tokens of the prompts, by row.
+        prompt_ids ([`TokenLists`]):
+            Of the prompts, by row.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The base model's.
         eos_token_ids (`set[int]`):
@@ -560,21 +523,16 @@ def read_responses(
     from_base = sampled_from(name, dataset, base_model)
     log_probs: Any = dataset["log_probs"] if "log_probs" in given else []
     referred = np.linspace(0, len(dataset) - 1, REFERENCES, dtype=int)
-    trees: dict[tuple[int, ...], Tree] = {}
-    scores: dict[tuple[int, ...], list[list[float]]] = {}  # of every node, by objective
+    trees = ResponseTrees(prompt_ids, list(rewards) or [LABELS])
     tools = dataset["tools"] if "tools" in given else None
     cut, references = 0, []
     prompts = dataset["prompt"] if "prompt" in given else [None] * len(dataset)
     for row, (prompt, *completions) in enumerate(zip(prompts, *(dataset[c] for c in columns))):
         if not told[row]:
             continue
-        key = tuple(prompt_ids[row])
-        tree = trees.setdefault(key, Tree(row, [Node(-1, 0, prompt_ids[row])]))
-        of_nodes = scores.setdefault(key, [[math.nan] * (len(rewards) or 1)])
         for place, (column, completion) in enumerate(zip(columns, completions)):
             ends: list[int] = []
             try:
-                check_tokens("prompt_ids", prompt_ids[row], len(tokenizer))
                 if tokens_given:
                     tokens = check_completion_ids(completion, eos_token_ids)
                     check_tokens("completion_ids", tokens, len(tokenizer))
@@ -607,17 +565,11 @@ def read_responses(
             cut += len(tokens) > max_completion_length
             tokens = tokens[:max_completion_length]
             if in_steps:
-                parent = 0
                 ends = [min(end, max_completion_length) for end in ends]
-                for layer, (piece, label) in enumerate(_pieces(tokens, ends, labels[row]), start=1):
-                    tree.nodes.append(Node(parent, layer, piece, leaf=True))
-                    of_nodes.append([label])
-                    parent = len(tree.nodes) - 1
+                steps = _pieces(tokens, ends, labels[row])
+                trees.add(row, [(piece, [label]) for piece, label in steps])
             else:
-                tree.nodes.append(Node(0, 1, tokens, leaf=True))
-                of_nodes.append([values[row, place] for values in rewards.values()])
-    for key, tree in trees.items():
-        tree.rewards = dict(zip(rewards or [LABELS], np.array(scores[key]).T.copy()))
+                trees.add(row, [(tokens, [values[row, place] for values in rewards.values()])])
     if not told.all():
         logger.warning(
             f"{(~told).sum()} of the {len(dataset)} rows of `{name}_dataset` have no score of any "
@@ -629,7 +581,7 @@ def read_responses(
             f"than max_completion_length={max_completion_length} tokens: of these the first tokens "
             "are learnt from, with the score of the whole response"
         )
-    return Responses(list(trees.values()), cut, from_base, references)
+    return Responses(trees, cut, from_base, references)
 
 
 def check_log_probs(responses: Responses, model: Any) -> None:

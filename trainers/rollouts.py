@@ -208,7 +208,7 @@ def collect_rollouts(
             **identity,
             **shape,
             "batch_size": batch_size,
-            "prompts": hashlib.sha256(json.dumps(list(prompt_ids)).encode()).hexdigest(),
+            "prompts": prompts_digest(prompt_ids),
         },
     )
     reward_ids = reward_ids or {name: identify(func) for name, func in reward_funcs.items()}
@@ -254,6 +254,15 @@ def collect_rollouts(
     finally:
         progress.close()
     return StoredTrees(collected)
+
+
+def prompts_digest(prompt_ids: Sequence[list[int]]) -> str:
+    """Digest of prompts' tokens as JSON, which is not made as a whole."""
+    digest = hashlib.sha256()
+    for i, ids in enumerate(prompt_ids):
+        digest.update(f"{', ' if i else '['}{json.dumps(ids)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def content_id(value: Any, name: str) -> str:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .data import (
     PAIR,
     RESPONSE,
-    Responses,
+    check_tokens,
     named_sets,
     once_each,
     read_responses,
@@ -24,6 +24,7 @@ from .data import (
     with_prompts,
 )
 from .preferences import UTILITY_STD
+from .responses import Responses, TokenLists
 from .rewards import RewardFunc, load_reward_funcs, reward_statistics
 from .trees import StoredTrees, TreeConfig
 
@@ -56,7 +57,7 @@ class Sources:
             Those whose scores are in the datasets.
         pairs (`bool`):
             Whether the objective is learnt from pairs.
-        prompts (`dict[str, Dataset]`), prompt_ids (`dict[str, list[list[int]]]`):
+        prompts (`dict[str, Dataset]`), prompt_ids (`dict[str, TokenLists]`):
             To sample from, by dataset, once they are [`read`][Sources.read].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]), eos_token_ids (`set[int]`):
             The base model's, with which they are.
@@ -117,7 +118,7 @@ class Sources:
                 )
         self.in_data = [name for name in self.objectives if name not in self.reward_funcs]
         self.prompts: dict[str, Dataset] = {}
-        self.prompt_ids: dict[str, list[list[int]]] = {}
+        self.prompt_ids: dict[str, TokenLists] = {}
         self.responses: dict[str, Responses] = {}
 
     def read(self, tokenizer: Any, eos_token_ids: set[int], context: int | None) -> None:
@@ -147,7 +148,7 @@ class Sources:
                     self.sets[name], prompt_ids, self._scored
                 )
 
-    def _tokenize(self, name: str, dataset: Any, context: int | None) -> list[list[int]]:
+    def _tokenize(self, name: str, dataset: Any, context: int | None) -> TokenLists:
         args, tokenizer = self.args, self.tokenizer
         if not isinstance(dataset, Dataset):
             raise TypeError(
@@ -174,7 +175,7 @@ class Sources:
                     f"room for a prompt in the model's context of {context} tokens: lower it"
                 )
         tools = dataset["tools"] if "tools" in dataset.column_names else None
-        prompt_ids = []
+        prompt_ids = TokenLists()
         for row, prompt in enumerate(dataset[column]):
             if prompt is None:
                 raise ValueError(
@@ -183,6 +184,10 @@ class Sources:
                 )
             if tokens_given:
                 ids = prompt
+                try:
+                    check_tokens("prompt_ids", ids, len(tokenizer))
+                except ValueError as error:
+                    raise ValueError(f"row {row} of `{name}_dataset`: {error}") from error
             elif not isinstance(prompt, str) and tokenizer.chat_template is None:
                 raise ValueError(
                     f"`{name}_dataset` has conversational prompts and the tokenizer of "

@@ -351,7 +351,7 @@ def test_a_prompt_that_begins_with_its_first_token_gets_no_second_one(base_model
     data = Dataset.from_dict({"prompt": ["a b", "<user> a b"]})
     made = MAVISTrainer(base_model, config(tmp_path), REWARDS, data, processing_class=tokenizer)
     a, b = (VOCABULARY.index(word) for word in "ab")
-    assert made._sources.prompt_ids["train"] == [[user, a, b]] * 2
+    assert list(made._sources.prompt_ids["train"]) == [[user, a, b]] * 2
 
 
 def test_conversational_prompts_and_columns_reach_the_rewards(base_model, tmp_path):
