@@ -672,7 +672,7 @@ class HeadTraining(TrainerCallback):
         datasets, with their hidden states.
         """
         trainer = self.trainer
-        self._keep = MappedArrays(trainer._collection.folder).keep
+        self._keep = MappedArrays(Path(trainer.args.output_dir)).keep
         items, held_out = self._read({name: trainer._collection.folders(name) for name in trees})
         self.held_out = list(chain(*held_out.values()))
         for i, name in enumerate(trainer.objectives):

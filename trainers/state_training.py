@@ -159,7 +159,7 @@ class StateTraining:
             max_length=args.max_length,
             kl_penalty=args.kl_penalty,
             pairs=trainer._sources.pairs,
-            keep=MappedArrays(trainer._collection.folder).keep,
+            keep=MappedArrays(Path(trainer.args.output_dir)).keep,
         )
         sampled, of_data = trainer._sources.split(trainer._iterations.trees)
         trainer.train_dataset = pack(sampled, leaf_fraction=args.leaf_fraction, seed=args.seed)
