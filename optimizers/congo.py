@@ -31,13 +31,14 @@ _PLATEAU = "all losses are equal"
 _REPEATS_COUNT = 8
 # Halvings, at most, of the chance that a level which keeps failing is asked for.
 _AVOIDED = 4
-# Standard errors that a difference of costs must exceed to count.
-_CLEAR = 2.0
+# Standard errors that a difference of costs must exceed to count, and the largest of a round.
+_CLEAR, _CLEAREST = 2.0, 4.0
 # How far perturbations move integers: at most to begin with, and its limits, the upper one the
 # whole range of an integer with two bounds. Some are moved by less, down to a share.
 _REACH, _LEAST, _FARTHEST, _NEAREST = 1.0, 0.01, 6.0, 0.25
-# Where knobs have levels: rises beyond the largest fall and this many median changes are cut off.
-_TYPICAL = 3.0
+# Where knobs have levels and a fit leaves this share of the squares, rises beyond the largest fall
+# and so many median changes are cut off.
+_UNFIT, _TYPICAL = 0.3, 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,6 +467,12 @@ class _CONGO(base.Optimizer):
             plan.settled = True  # nothing answers: the round will tell
             return
         plan.probes.append((plan.factor, math.inf if failed else cost, r.base[0]))
+        if plan.measured:  # the best of many is lucky, too: most of what it gained must be there
+            plan.settled = True
+            if failed or cost > start - 0.5 * plan.switch_gain:
+                self._plan = None
+                self._open(self._x)
+            return
         if failed:
             factor = 0.25 * plan.factor if len(plan.probes) < 8 else None
         else:
@@ -630,6 +637,8 @@ class _CONGO(base.Optimizer):
                 self._adapt_reach(estimate, costly=dear)
             if estimate is not None and not skipped:
                 skipped = self._propose(estimate) if self._slopes is not None else ""
+                if self._levels and not skipped and self._slopes is not None:
+                    self._prefer_measured(self._merit(center), told, costs)
         else:
             if estimate is not None:
                 self._balance_length(estimate)
@@ -715,7 +724,7 @@ class _CONGO(base.Optimizer):
                 losses = straight
         if self._config.variant == "adaptive":
             found = estimates.robust(estimator, now, told, losses)
-            if self._levels and found.residual >= 0.3:  # what costs a lot hides what others gain
+            if self._levels and found.residual >= _UNFIT:  # what costs a lot hides what others gain
                 rise = losses[1:] - losses[0]
                 most = max(-float(rise.min()), _TYPICAL * float(np.median(np.abs(rise))))
                 if float(rise.max()) > most:
@@ -764,6 +773,9 @@ class _CONGO(base.Optimizer):
             center.violation,
             max(2.0 * noise / math.sqrt(told.size + 1), rounding),
         )
+        repeats = self._noise.of_repeats
+        if self._levels and estimate.residual >= _UNFIT and repeats == repeats:
+            value = rounds.Value(*center, max(repeats, rounding))  # no fit tells it better
         slope_error = noise / (self._length * math.sqrt(told.size))
         if self._dense:  # twice that in a change: the base point is not fitted; and some to be sure
             slope_error *= 3.0
@@ -838,6 +850,20 @@ class _CONGO(base.Optimizer):
             gain = self._plan.predicted(1.0)
         self._adapt_length(estimate, gain)
         return ""
+
+    def _prefer_measured(self, cost: float, told: np.ndarray, costs: FloatArray) -> None:
+        """Plans a move to the best measurement if it gains more than the step is predicted to.
+
+        What levels do together, two scans that are off or a delay that begins at a threshold, no
+        sum of their effects tells; a measurement has seen it.
+        """
+        best = int(np.argmin(costs))
+        gain = cost - float(costs[best])
+        planned = 0.0 if self._plan is None else self._plan.predicted(1.0)
+        if gain > max(planned, _CLEAREST * self._noise.of_repeats):
+            move = self._round.measurements.step(int(told[best]))
+            nothing = np.zeros(self.dimension)
+            self._plan = rounds.Plan(nothing, move, 0.0, 0.0, gain, measured=True)
 
     def _safe(self, move: FloatArray, change: float) -> bool:
         """Whether a move that changes the cost by ``change`` to first order respects the limit.

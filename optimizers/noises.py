@@ -39,6 +39,17 @@ class Noise:
         self._update()
         return self.size
 
+    @property
+    def of_repeats(self) -> float:
+        """The same from repeats alone, which see nothing of what a fit leaves; else NaN."""
+        if not self.differences:
+            return math.nan
+        # |N(0, 2)| has its median at 0.954 and its mean at 1.128.
+        found = float(np.median(self.differences)) / 0.954
+        if len(self.differences) < 5:
+            found = max(found, float(np.mean(self.differences)) / 1.128)
+        return found
+
     def _update(self) -> None:
         fit = float(np.median(self.fits)) if self.fits else 0.0
         n = len(self.differences)
@@ -46,12 +57,10 @@ class Noise:
             self.size = fit
         elif not any(self.differences):
             self.size = 0.0
+        elif n < 5:
+            self.size = max(self.of_repeats, fit)
         else:
-            # |N(0, 2)| has its median at 0.954.
-            repeats = float(np.median(self.differences)) / 0.954
-            if n < 5:
-                repeats = max(repeats, float(np.mean(self.differences)) / 1.128, fit)
-            self.size = repeats or fit
+            self.size = self.of_repeats or fit
 
 
 class Excess:

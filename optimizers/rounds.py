@@ -73,6 +73,7 @@ class Plan:
     factor: float = 1.0
     probes: list[tuple[float, float, Loss]] = dataclasses.field(default_factory=list)
     settled: bool = False
+    measured: bool = False  # where it leads
 
     def moved(self, factor: float) -> FloatArray:
         return factor * self.step + (self.switch if factor >= 1 else 0.0)

@@ -303,6 +303,30 @@ def test_integers_that_matter_only_several_levels_away_are_found(seed):
     assert cost(optimizer.recommend().value) < 20
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_levels_do_together_is_taken_as_it_was_measured(seed):
+    """Neither flag does anything without the other, and others cost a lot: no fit tells of them."""
+    knobs = {f"flag{i:02d}": ng.p.Choice([False, True]) for i in range(20)}
+
+    def cost(v):
+        dear = 150 * (v["flag01"] + v["flag05"]) + 300 * v["flag11"]
+        return 24 - 22 * (v["flag03"] and v["flag07"]) + dear
+
+    optimizer = make(ng.p.Dict(**knobs), seed=seed)
+    play(optimizer, cost, 150, noise=1.0)
+    assert cost(optimizer.recommend().value) == 2
+
+
+def test_noise_alone_moves_no_flag():
+    knobs = {f"flag{i:02d}": ng.p.Choice([False, True]) for i in range(20)}
+    moved = []
+    for seed in range(10):
+        optimizer = make(ng.p.Dict(**knobs), seed=seed)
+        play(optimizer, lambda v: 50.0, 150, noise=5.0)
+        moved.append(sum(optimizer.recommend().value.values()))
+    assert np.median(moved) <= 2
+
+
 def test_integers_that_are_far_from_harmless_are_moved_by_few_levels():
     knobs = {f"n{i:02d}": ng.p.Scalar(init=500, lower=0, upper=1000) for i in range(20)}
     optimizer = make(ng.p.Dict(**{k: x.set_integer_casting() for k, x in knobs.items()}))
