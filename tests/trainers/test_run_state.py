@@ -26,7 +26,7 @@ FIELDS = {
     "num_iterations": 2, "beta": 2.0, "top_k": 8, "layers": 2, "root_children": 2,
     "num_train_epochs": 2, "max_completion_length": 8, "per_device_train_batch_size": 2,
     "save_strategy": "steps", "save_steps": 1, "warmup_steps": 1,
-    "seed": 5,  # whose first values guide
+    "seed": 3,  # whose first values guide, with the oldest torch, too
 }  # fmt: skip
 
 
