@@ -18,7 +18,7 @@ import numpy as np
 from nevergrad.common import errors
 from nevergrad.optimization import base, utils
 
-from . import estimates, noises, rounds, sensing, spaces, step
+from . import estimates, noises, rounds, sensing, spaces, step, walls
 
 FloatArray = np.ndarray
 
@@ -148,6 +148,8 @@ class _CONGO(base.Optimizer):
         self.gradient: FloatArray | None = None
         self.last_round: Round | None = None
         self._bounds = spaces.standardized_bounds(self.parametrization)
+        self._walls = walls.Walls(self._bounds, d)
+        self._beyond: walls.Probe | None = None  # of a wall, in this round
         self._x = self._levels.snap(np.zeros(d)) if self._levels else np.zeros(d)
         self._last_good = self._x
         self._x_loss = math.inf  # the last loss at an iterate
@@ -226,6 +228,9 @@ class _CONGO(base.Optimizer):
         ):
             kind, place, point = "base", 0, r.point
             r.base_asked += 1
+        elif (beyond := self._beyond_wall()) is not None:
+            kind, place, point = "beyond", 0, beyond
+            r.beyond_asked = True
         else:
             kind, place = "row", self._draw()
             point = r.point + r.measurements.step(place)
@@ -237,6 +242,20 @@ class _CONGO(base.Optimizer):
         if kind == "row":
             r.places[self._count] = place
         return candidate
+
+    def _beyond_wall(self) -> FloatArray | None:
+        """The base point with one coordinate beyond its wall, once in a round that goes on."""
+        r, probe = self._round, self._beyond
+        if probe is None or r.beyond_asked or 2 * len(r.measurements) < self.evaluations_per_round:
+            return None
+        point = r.point.copy()
+        point[probe.coordinate] = probe.place
+        move = point - self._x
+        change = 0.0 if self._slopes is None else float(self._slopes @ move)
+        if self._safe(move, change) and self._allowed(point):
+            return point
+        self._beyond = None
+        return None
 
     @property
     def _most_rows(self) -> int:
@@ -416,6 +435,8 @@ class _CONGO(base.Optimizer):
                 self._x_loss, self._unsure = told.loss, False
         elif kind == "reference":
             r.reference, r.reference_wanted = told, False
+        elif kind == "beyond":
+            r.beyond = told
         else:
             r.losses[r.places.pop(count)] = told
         if self._plan is not None and not self._plan.settled:
@@ -438,6 +459,8 @@ class _CONGO(base.Optimizer):
         if loss < (self._x_loss if self._value is None else self._value.loss):
             self._x_loss = loss
             data = candidate.get_standardized_data(reference=self.parametrization)
+            self._walls.release(np.array(data, dtype=float))
+            self._bounds = self._walls.bounds
             self._x = self._projected(np.array(data, dtype=float))
             self._value, self._slopes, self._plan = None, None, None
             self._open(self._x)
@@ -541,6 +564,7 @@ class _CONGO(base.Optimizer):
         if self._restless:
             self._radius = max(0.5 * self._radius, self._length)
         else:
+            self._walls.hurry()  # failures are no costs: what failed may still fail
             self._radius = max(self._radius, self._length * math.sqrt(self.dimension))
 
     @property
@@ -590,12 +614,13 @@ class _CONGO(base.Optimizer):
         self._raise_penalty(center, [r.losses[i] for i in places])
         costs = np.array([self._merit(r.losses[i]) for i in places])
         told = np.array(places, dtype=np.int64)
+        every = np.concatenate([[self._merit(center)], costs])
         if self._searching and base_told and told.size:
-            plausible = ~noises.penalties(np.concatenate([[self._merit(center)], costs]))[1:]
+            plausible = ~noises.penalties(every)[1:]
             # Where most levels do not matter all costs are equal, and one that does is no failure.
             if not self._levels or (costs[plausible] != self._merit(center)).any():
                 told, costs = told[plausible], costs[plausible]
-        answered = len(r.losses)
+        answered = len(r.losses) - (self._learn_walls(told, every) if base_told else 0)
         above = {i for i, told in r.losses.items() if self._above(told)}
         if base_told:
             self._caution = max(0.5 * self._caution, 0.01) if above else min(2 * self._caution, 1.0)
@@ -656,6 +681,29 @@ class _CONGO(base.Optimizer):
         if trial is None:
             self._plan = None
         self._open(self._x if trial is None else trial)
+
+    def _learn_walls(self, told: np.ndarray, every: FloatArray) -> int:
+        """Learns from what failed which coordinate may not go on; how much of it that explains.
+
+        Args:
+            told: measurements that answered.
+            every: the base point's cost and those of the measurements, implausible ones too.
+        """
+        r, probe = self._round, self._beyond
+        self._beyond = None
+        if not self._searching or r.measurements.mixing is not None:
+            return 0
+        failed = np.setdiff1d(np.array(sorted(r.losses), dtype=np.int64), told)
+        explained = self._walls.learn(r.measurements, self._x, told, failed)
+        if r.beyond is not None and probe is not None:
+            cost = self._merit(r.beyond)
+            fails = cost != cost or bool(noises.penalties(np.append(every, cost))[-1])
+            # Where much else fails it tells nothing of the wall.
+            clear = not fails or told.size >= 0.9 * (len(r.losses) - explained)
+            if clear and self._walls.probed(probe, not fails, self.num_rounds):  # the way is free
+                self._radius = max(self._radius, self._length * math.sqrt(self.dimension))
+        self._bounds = self._walls.bounds
+        return explained
 
     def _blame(self, fine: set[int]) -> None:
         """Counts the failures of every level that a measurement visited; a fine one clears it."""
@@ -840,6 +888,11 @@ class _CONGO(base.Optimizer):
         if self._levels:
             move[self._levels.positions] = 0.0
             jump, jump_gain, switch, switch_gain = self._jumps(estimate)
+        if len(self._walls):
+            near = 0.5 * self._length
+            self._beyond = self._walls.wanted(
+                self._x, gradient, estimate.support, near, self.num_rounds
+            )
         move = self._project(self._x + move) - self._x
         while not self._safe(move, float(gradient @ move)):
             move = 0.5 * move

@@ -22,6 +22,7 @@ class Open:
         neighbours: steps down and up that perturbations take of integers, or None.
         losses: losses told at perturbations, by their place among the measurements.
         places: places of the perturbations that may still be told, by number.
+        beyond: the loss told beyond a wall, or None.
     """
 
     def __init__(self, number: int, measurements: estimates.Measurements) -> None:
@@ -37,6 +38,8 @@ class Open:
         self.reference_asked = False
         self.reference_wanted = False
         self.reference: Loss | None = None
+        self.beyond_asked = False
+        self.beyond: Loss | None = None
         self.mixing: FloatArray | None = None
         self.neighbours: tuple[FloatArray, FloatArray] | None = None
         self.slopes: FloatArray | None = None  # what is expected at the base point, and how much
