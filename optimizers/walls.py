@@ -22,8 +22,8 @@ Bounds = tuple[FloatArray | None, FloatArray | None]
 # Bits by which the evidence for a wall exceeds what chance shows among all that were looked for:
 # failures that have no such cause make up a wall in one round of 2^10 at most.
 _BITS = 10.0
-# Measurements, at most, of past rounds in which a failure is left to explain.
-_MOST = 256
+# Measurements, at most, and bytes of rounds that are kept because a failure is not explained yet.
+_MOST, _BYTES = 512, 1 << 26
 
 
 @dataclasses.dataclass
@@ -97,47 +97,42 @@ def rule(seen: tp.Sequence[Seen], x: FloatArray) -> Rule | None:
         return None
     ends = np.cumsum([t.size for t in told])[:-1]
 
-    def places(steps: FloatArray, part: slice | np.ndarray, side: int) -> FloatArray:
+    def places(steps: FloatArray, part: slice | np.ndarray) -> FloatArray:
         found = [
             s.now.clip(s.now.base[part] + p, part) for s, p in zip(seen, np.split(steps, ends))
         ]
-        return side * np.concatenate(found)
+        return np.concatenate(found)
 
-    best: tuple[float, Rule] | None = None
+    best: Rule | None = None
     for part, signs in sensing.blocks(rows, x.size):
         steps = lengths[:, None] * signs
+        at = places(steps, part)
+        answered, failed = at[~fails], at[fails]
+        known = np.stack([x[part], *(s.now.base[part] for s in seen)])
         movable = ~np.isin(np.arange(part.start, part.stop), seen[0].now.leveled)
         for side in (1, -1):
-            at = places(steps, part, side)
-            answered = np.max([side * x[part], *(side * s.now.base[part] for s in seen)], axis=0)
-            fine = np.max(at, axis=0, where=~fails[:, None], initial=-np.inf)
-            fine = np.maximum(fine, answered)
-            worst = np.max(at, axis=0, where=fails[:, None], initial=-np.inf)
-            candidates = np.flatnonzero(movable & (worst > fine))
+            most = np.max if side > 0 else np.min
+            fine = most(known, axis=0)
+            if answered.size:
+                fine = side * np.maximum(side * fine, side * most(answered, axis=0))
+            beyond_all = side * most(failed, axis=0) > side * fine
+            candidates = np.flatnonzero(movable & beyond_all)
             if not candidates.size:
                 continue
             columns, fine = candidates + part.start, fine[candidates]
             # What would have been beyond with one sign of the step or with the other.
-            able = places(side * np.abs(steps[:, candidates]), columns, side) > fine
-            beyond = at[:, candidates] > fine
+            able = side * places(side * np.abs(steps[:, candidates]), columns) > side * fine
+            beyond = side * at[:, candidates] > side * fine
             counts = zip(able[fails].sum(axis=0), beyond[fails].sum(axis=0))
             bits = able[~fails].sum(axis=0) + np.array([_tail(int(n), int(k)) for n, k in counts])
             k = int(np.argmax(bits))
-            if bits[k] >= needed and (best is None or bits[k] > best[0]):
-                failing = float(at[beyond[:, k], candidates[k]].min())
+            if bits[k] >= needed and (best is None or bits[k] > best.bits):
+                failing = side * float((side * at[beyond[:, k], candidates[k]]).min())
                 explained = [t[b] for t, b in zip(told, np.split(beyond[:, k], ends))]
-                best = (
-                    float(bits[k]),
-                    Rule(
-                        int(columns[k]),
-                        side,
-                        side * float(fine[k]),
-                        side * failing,
-                        float(bits[k]),
-                        explained,
-                    ),
+                best = Rule(
+                    int(columns[k]), side, float(fine[k]), failing, float(bits[k]), explained
                 )
-    return None if best is None else best[1]
+    return best
 
 
 @dataclasses.dataclass
@@ -197,12 +192,14 @@ class Walls:
         Returns:
             How many failures of the round the walls explain.
         """
-        if not failed.size and not self._seen:
+        if not failed.size:
             return 0
         latest = Seen(now, fine, failed)
         self._seen.append(latest)
-        while len(self._seen) > 1 and sum(s.fine.size + s.failed.size for s in self._seen) > _MOST:
-            del self._seen[0]
+        counts = [s.fine.size + s.failed.size for s in self._seen]
+        sizes = [n * now.rows[0].nbytes for n in counts]
+        while len(counts) > 1 and (sum(counts) > _MOST or sum(sizes) > _BYTES):
+            del self._seen[0], counts[0], sizes[0]
         while (found := rule(self._seen, x)) is not None:
             key = found.coordinate, found.side
             known = self._walls.get(key, Wall(0.0, 0.0))
@@ -210,8 +207,7 @@ class Walls:
             for s, explained in zip(self._seen, found.explained):
                 s.failed = np.setdiff1d(s.failed, explained)
             self._cut()
-        if not any(s.failed.size for s in self._seen):
-            self._seen = []
+        self._seen = [s for s in self._seen if s.failed.size]
         return failed.size - latest.failed.size
 
     def wanted(
@@ -272,13 +268,14 @@ class Walls:
 
     def _cut(self) -> None:
         lower, upper = self._outer
-        for (i, side), wall in self._walls.items():
-            if side > 0:
-                if upper is self._outer[1]:
-                    upper = np.full(self._dimension, np.inf) if upper is None else upper.copy()
-                upper[i] = min(upper[i], wall.fine)
-            else:
-                if lower is self._outer[0]:
-                    lower = np.full(self._dimension, -np.inf) if lower is None else lower.copy()
-                lower[i] = max(lower[i], wall.fine)
+        up = [(i, wall.fine) for (i, side), wall in self._walls.items() if side > 0]
+        down = [(i, wall.fine) for (i, side), wall in self._walls.items() if side < 0]
+        if up:
+            upper = np.full(self._dimension, np.inf) if upper is None else upper.copy()
+            for i, place in up:
+                upper[i] = min(upper[i], place)
+        if down:
+            lower = np.full(self._dimension, -np.inf) if lower is None else lower.copy()
+            for i, place in down:
+                lower[i] = max(lower[i], place)
         self.bounds = lower, upper

@@ -191,6 +191,44 @@ def test_failing_region_repels_no_knob(penalty):
     assert np.abs(value).max() < 2 and bowl(value) < 0.1
 
 
+@pytest.mark.parametrize(("penalty", "limit"), [(1e5, None), (math.nan, None), (math.nan, 1.0)])
+@testing.suppress_nevergrad_warnings()
+def test_region_that_fails_is_not_entered_again(penalty, limit):
+    optimizer = make(100, workers=8, max_regression=limit)
+    paid = play(optimizer, lambda x: penalty if x[5] > 0.05 else bowl(x), 1600, noise=0.01)
+    failed = [not cost < 1e4 for cost in paid]
+    assert 0 < sum(failed) < 60 and sum(failed[1000:]) <= 1
+    assert bowl(optimizer.recommend().value) < 0.02
+
+
+@testing.suppress_nevergrad_warnings()
+def test_knob_whose_best_value_fails_ends_just_before_and_goes_on_once_it_is_mended():
+    optimizer = make(100, workers=8)
+    best = np.eye(100)[3] - np.eye(100)[11]
+    paid = play(optimizer, lambda x: math.nan if x[3] > 0.6 else 10 + bowl(x), 1500, noise=0.01)
+    value = optimizer.recommend().value
+    assert 0.55 < value[3] <= 0.6 and abs(value[11] + 1) < 0.1
+    assert np.isnan(paid[1000:]).sum() <= 4
+    play(optimizer, lambda x: 10 + bowl(x), 2000, noise=0.01)
+    assert np.abs(optimizer.recommend().value - best).max() < 0.15
+
+
+@testing.suppress_nevergrad_warnings()
+def test_walls_are_dumped_and_scale_free():
+    def cost(x):
+        return 1e5 if x[3] > 0.6 or x[20] < -0.05 else 10 + bowl(x) + math.sin(1e4 * x.sum())
+
+    one, two = make(60), make(60)
+    for number in range(600):
+        first, second = one.ask(), two.ask()
+        np.testing.assert_array_equal(first.value, second.value)
+        one.tell(first, cost(first.value))
+        two.tell(second, cost(second.value) * 2.0**-40)
+        if number == 450:
+            one = pickle.loads(pickle.dumps(one))
+    assert len(one._walls)
+
+
 @pytest.mark.parametrize("penalty", [1e5, math.nan])
 @testing.suppress_nevergrad_warnings()
 def test_category_that_fails_is_asked_for_seldom_until_it_recovers(penalty):
