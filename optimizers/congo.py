@@ -29,7 +29,7 @@ _VIOLATION = "congo_violation"
 _PLATEAU = "all losses are equal"
 # In rounds of more evaluations a repeat of the base point takes the place of a perturbation.
 _REPEATS_COUNT = 8
-# Halvings, at most, of the chance that a level which keeps failing is asked for.
+# Halvings, at most, of the chance that a level is asked for which keeps failing, or costing a lot.
 _AVOIDED = 4
 # Standard errors that a difference of costs must exceed to count, and the largest of a round.
 _CLEAR, _CLEAREST = 2.0, 4.0
@@ -158,11 +158,12 @@ class _CONGO(base.Optimizer):
         self._first_length = self._length
         self._reach = np.full(self._levels.positions.size, _REACH)  # of integers
         self._farthest = np.full(self._levels.positions.size, _FARTHEST)  # farther costs more
+        self._sparing = 1.0  # what that share of the knobs is multiplied by that change levels
         self._moves = 0.0  # times that the cost was seen to have changed, lately
         self._longest = math.inf  # longer ones fail, as far as is known
         self._penalty = 0.0
         self._caution = 0.25  # with max_regression: what perturbations are multiplied by
-        self._failures: dict[tuple[int, float], int] = {}  # of a level, since it last answered
+        self._failures: dict[tuple[int, float], int] = {}  # of a level, since it last was fine
         self._noise = noises.Noise()
         self._value: rounds.Value | None = None
         self._slopes: FloatArray | None = None  # the gradient at the iterate
@@ -301,6 +302,8 @@ class _CONGO(base.Optimizer):
             for level in self._levels.reached(r.point, jumps) if self._failures else ():
                 if self._rng.random_sample() >= 0.5 ** self._failures.get(level, 0):
                     jumps = self._levels.without(jumps, level[0])
+            if (spared := self._spared()) < 1:
+                jumps = self._levels.thin(self._rng, jumps, spared)
             now.jumps.append(jumps.astype(np.float32))
         if not self.parametrization.can_skip_constraints():
             # The opposite side of a boundary, or closer to the base point.
@@ -314,6 +317,22 @@ class _CONGO(base.Optimizer):
             self._shorten(j)
         now.sums.append(float(now.step(j).sum()))
         return j
+
+    def _spared(self) -> float:
+        """What the share of the knobs that change levels is multiplied by for this round's rest."""
+        r = self._round
+        costs = [self._merit(told) for told in r.losses.values() if told.loss == told.loss]
+        if not self._searching or not r.base or len(costs) < 4:
+            return 1.0
+        cost = self._merit(r.base[0])
+        return self._worth(cost, costs, max(cost - min(costs), 0.0), 0.125)
+
+    def _worth(self, cost: float, costs: tp.Sequence[float], gain: float, least: float) -> float:
+        """1, or less if measurements cost more on average than a step would gain and than noise."""
+        paid = float(np.mean(costs)) - cost
+        if not paid > max(self._noise.size, gain):
+            return 1.0
+        return max(math.sqrt(max(gain, 0.0) / paid), least)
 
     def _shorten(self, j: int) -> None:
         """Shortens a perturbation until its predicted cost is within ``max_regression``.
@@ -404,7 +423,8 @@ class _CONGO(base.Optimizer):
     @property
     def _share(self) -> float:
         """Share of the knobs with levels that a perturbation moves."""
-        return min(0.5, max(math.sqrt(self._length), 4.0 / self.num_measurements))
+        share = min(0.5, max(math.sqrt(self._length), 4.0 / self.num_measurements))
+        return max(self._sparing * share, min(share, 1.0 / self._levels.positions.size))
 
     # -- answers -----------------------------------------------------------------------------
 
@@ -559,6 +579,7 @@ class _CONGO(base.Optimizer):
         self._excess = noises.Excess()
         self._farthest = np.maximum(self._farthest, _REACH)
         self._reach = np.maximum(self._reach, _REACH)
+        self._sparing = 1.0
         self._scale_length(max(1.0, min(4.0, self._first_length / self._length)))
         self._moves += 1.0
         if self._restless:
@@ -624,8 +645,6 @@ class _CONGO(base.Optimizer):
         above = {i for i, told in r.losses.items() if self._above(told)}
         if base_told:
             self._caution = max(0.5 * self._caution, 0.01) if above else min(2 * self._caution, 1.0)
-        if self._levels and base_told:
-            self._blame(set(told.tolist()) - above)
         skipped, estimate = "", None
         if not base_told:
             skipped = "the loss at the iterate is not a number"
@@ -655,7 +674,7 @@ class _CONGO(base.Optimizer):
             elif base_told and (plan is None or skipped == _PLATEAU):
                 if plan is None:
                     self._refresh(rounds.Value(*center, self._noise.size))
-            elif plan is not None:
+            elif plan is not None and not plan.measured:
                 self._radius *= 0.25
             if self._levels and estimate is not None and told.size >= 0.9 * answered:
                 dear = float(np.median(costs)) > self._merit(center) + _CLEAR * self._noise.size
@@ -664,6 +683,8 @@ class _CONGO(base.Optimizer):
                 skipped = self._propose(estimate) if self._slopes is not None else ""
                 if self._levels and not skipped and self._slopes is not None:
                     self._prefer_measured(self._merit(center), told, costs)
+                if self._levels:
+                    above |= self._spare(self._merit(center), told, costs)
         else:
             if estimate is not None:
                 self._balance_length(estimate)
@@ -673,6 +694,8 @@ class _CONGO(base.Optimizer):
             else:
                 self._last_good = before
             self._unsure = any(t.loss != t.loss for t in [*r.base, *r.losses.values()])
+        if self._levels and base_told:
+            self._blame(set(told.tolist()) - above)
         self.gradient = np.zeros(self.dimension) if estimate is None else estimate.gradient
         self.num_rounds += 1
         self._moves *= 0.9
@@ -706,7 +729,7 @@ class _CONGO(base.Optimizer):
         return explained
 
     def _blame(self, fine: set[int]) -> None:
-        """Counts the failures of every level that a measurement visited; a fine one clears it."""
+        """Counts the measurements in a row, of those that visited a level, that were not fine."""
         now = self._round.measurements
         for i in sorted(self._round.losses):
             for level in self._levels.reached(now.base, now.jumps[i]):
@@ -844,12 +867,15 @@ class _CONGO(base.Optimizer):
         if not jumped and (exact or not self._dense or length >= self._length):
             self._curvature.learn(moved, estimate.gradient - self._slopes, slope_error)
         if actual < -error:
-            self._radius = 0.25 * length
+            if not plan.measured:
+                self._radius = 0.25 * length
             if noise:
                 # The iterate may only have been lucky: it is measured again before the next step.
                 self._slopes, self._radius = None, max(self._radius, self._length)
             return
-        if predicted > error:
+        if plan.measured:
+            pass  # no model predicted it
+        elif predicted > error:
             agreement = actual / predicted
             if agreement < 0.25:
                 self._radius = 0.5 * length
@@ -917,6 +943,16 @@ class _CONGO(base.Optimizer):
             move = self._round.measurements.step(int(told[best]))
             nothing = np.zeros(self.dimension)
             self._plan = rounds.Plan(nothing, move, 0.0, 0.0, gain, measured=True)
+
+    def _spare(self, cost: float, told: np.ndarray, costs: FloatArray) -> set[int]:
+        """Changes fewer levels at a time where that costs more than the next step would gain.
+
+        Returns the measurements that cost clearly more: the levels that they visit are dear.
+        """
+        gain = 0.0 if self._plan is None else self._plan.predicted(1.0)
+        worth = self._worth(cost, costs, gain, 0.5)
+        self._sparing = min((2.0 if worth == 1 else worth) * self._sparing, 1.0)
+        return set(told[costs - cost > max(_CLEAREST * self._noise.size, gain)].tolist())
 
     def _safe(self, move: FloatArray, change: float) -> bool:
         """Whether a move that changes the cost by ``change`` to first order respects the limit.

@@ -9,7 +9,7 @@ import pytest
 from nevergrad.common import testing
 from nevergrad.functions import ArtificialFunction
 
-from trimtab.optimizers import ParametrizedCONGO, noises, spaces, step
+from trimtab.optimizers import ParametrizedCONGO, noises, rounds, spaces, step
 
 
 def make(parametrization, budget=None, workers=1, seed=0, **options):
@@ -363,6 +363,41 @@ def test_noise_alone_moves_no_flag():
         play(optimizer, lambda v: 50.0, 150, noise=5.0)
         moved.append(sum(optimizer.recommend().value.values()))
     assert np.median(moved) <= 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_that_cost_a_lot_are_changed_ever_more_seldom(seed):
+    """A good start: five flags cost 20 more when turned off, three sizes 50 more when small."""
+    rng = np.random.default_rng(seed)
+    flags, sizes = rng.choice(20, 5, replace=False), rng.choice(20, 3, replace=False)
+    knobs = ng.p.Tuple(
+        *(ng.p.Choice([True, False]) for _ in range(20)),
+        *(ng.p.Scalar(init=100, lower=0, upper=1000).set_integer_casting() for _ in range(20)),
+    )
+    for i in range(20):
+        knobs[i].value = True
+
+    def cost(x):
+        return 10 + 20 * sum(not x[i] for i in flags) + 50 * sum(x[20 + i] < 60 for i in sizes)
+
+    optimizer = make(knobs, 150, seed=seed)
+    paid = np.array(play(optimizer, cost, 150, noise=0.5))
+    assert paid[-50:].mean() < 20 < paid[2:10].mean()
+    assert cost(optimizer.recommend().value) == 10
+
+
+def test_move_to_a_measurement_says_nothing_of_the_model():
+    knobs = ng.p.Dict(x=ng.p.Array(shape=(6,)), flags=ng.p.Choice([0, 1], repetitions=6))
+    optimizer = make(knobs)
+    play(optimizer, lambda v: 10 + float(np.sum((v["x"] - 1) ** 2)), 60, noise=0.01)
+    radius, to = optimizer._radius, np.zeros(optimizer.dimension)
+    to[0] = 0.01
+    optimizer._plan = rounds.Plan(0 * to, to, 0.0, 0.0, 1.0, settled=True, measured=True)
+    optimizer._open(optimizer._x + to)
+    played = optimizer.num_rounds
+    while optimizer.num_rounds == played:
+        play(optimizer, lambda v: 20.0 + 0.1 * float(v["x"][0]), 1)
+    assert optimizer._radius >= radius
 
 
 def test_integers_that_are_far_from_harmless_are_moved_by_few_levels():
