@@ -1,10 +1,11 @@
 """Other people's problems and hostile services: CONGO as registered against peers.
 
 Nevergrad's ``ArtificialFunction`` families with 5 useful variables of 200, one quadratic at costs
-from 1e-9 to 1e9, services that are noisy, drift, change or fail, and knobs of several kinds with
-few evaluations. Every method gets the same evaluations on the same seeds. Two distances above the
-optimum are reported, as shares of the start's: the recommended point's, and that of the
-measurements paid for in the last quarter of the run, both without noise.
+from 1e-9 to 1e9, experiments of `nevergrad.benchmark` that download nothing, services that are
+noisy, drift, change or fail, and knobs of several kinds with few evaluations. Every method gets
+the same evaluations on the same seeds. Two distances above the optimum are reported, as shares of
+the start's: the recommended point's, and that of the measurements paid for in the last quarter of
+the run, both without noise.
 
 Optuna's TPE and CMA-ES and TuRBO are too slow for thousands of evaluations of 200 knobs: they play
 where evaluations are few, in place of CMA, one coordinate at a time and ZORO-FA. Runs are kept one
@@ -18,6 +19,7 @@ settings or other code have made is made again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -32,6 +34,8 @@ import nevergrad as ng
 import numpy as np
 from _congo_runs import DOCS, RESULTS, arguments, save
 from nevergrad.functions import ArtificialFunction
+from nevergrad.functions.corefuncs import DiscreteFunction
+from nevergrad.functions.mlda import Perceptron
 
 from trimtab.optimizers import recovery
 
@@ -49,6 +53,7 @@ FAMILIES = {
     "deceptive, ill-conditioned": ("deceptiveillcond", True),
     "deceptive, multimodal": ("deceptivemultimodal", False),
 }
+DISCRETE = ("onemax", "leadingones", "jump")
 BUDGET = 2000
 SCALES = (1e-9, 1e-6, 1e-2, 1.0, 1e2, 1e6, 1e9)
 
@@ -92,6 +97,22 @@ def family(name: str, seed: int) -> Problem:
     function = ArtificialFunction(core, 5, useless_variables=195, rotation=rotation)
     function.parametrization.random_state.seed(seed)
     return Problem(array(200), lambda x, _: float(function(x)), exact, 0.0, 1000, 1)
+
+
+def experiment(name: str, seed: int) -> Problem:
+    """Of nevergrad.benchmark: sequential_instrum_discrete, 50 variables of 3 values, and mlda."""
+    kind, core = name.split(": ")
+    if kind == "perceptron":
+        np.random.seed(seed)  # noqa: NPY002
+        perceptron = Perceptron.from_mlda(core)
+        knobs = perceptron.parametrization.copy
+        return Problem(knobs, lambda x, _: float(perceptron(x)), exact, 0.0, 800, 1)
+    function = DiscreteFunction(core, 3)
+    values = functools.partial(
+        ng.p.TransitionChoice if kind == "ordered" else ng.p.Choice, range(3)
+    )
+    least = -(50 // 4) if core == "jump" else 0.0
+    return Problem(lambda: values(repetitions=50), lambda v, _: function(v), exact, least, 500, 1)
 
 
 def scaled(scale: float, seed: int) -> Problem:
@@ -193,10 +214,15 @@ def services(seed: int) -> dict[str, Problem]:
     }
 
 
+EXPERIMENTS = [
+    *(f"{kind}: {core}" for kind in ("choices", "ordered") for core in DISCRETE),
+    *(f"perceptron: {core}" for core in ("quadratic", "sine", "abs", "heaviside")),
+]
 FEW = ("users' units", "database settings")
 GROUPS: dict[str, dict[str, tp.Callable[[int], Problem]]] = {
     "few evaluations": {n: lambda s, n=n: services(s)[n] for n in FEW},
     "services": {n: lambda s, n=n: services(s)[n] for n in services(0) if n not in FEW},
+    "experiments": {name: lambda s, n=name: experiment(n, s) for name in EXPERIMENTS},
     "scales": {f"{scale:g}": lambda s, c=scale: scaled(c, s) for scale in SCALES},
     "families": {name: lambda s, n=name: family(n, s) for name in FAMILIES},
 }
@@ -275,6 +301,7 @@ OTHERS = {"Optuna CMA-ES": _peers.OptunaCMA, "Optuna TPE": _peers.TPE, "TuRBO": 
 METHODS = {
     "few evaluations": ("CONGO", "OnePlusOne", *OTHERS),
     "services": ("CONGO", "OnePlusOne", "CMA", *OWN),
+    "experiments": ("CONGO", "OnePlusOne", "DiscreteOnePlusOne", "CMA"),
     "scales": ("CONGO", "OnePlusOne"),
     "families": ("CONGO", "OnePlusOne", "CMA", *OWN),
 }
@@ -444,11 +471,7 @@ def main() -> None:
     results = played(options.seeds)
     lines = ["# CONGO on other problems", "", TEXT]
     for group, rows in results.items():
-        for key in (
-            ("recommended", "paid")
-            if group in ("services", "few evaluations")
-            else ("recommended",)
-        ):
+        for key in ("recommended", "paid"):
             lines += ["", f"**{group}**, median (worst) of {options.seeds} seeds", ""]
             lines += table(rows, key, METHODS[group])
     print("\n".join(lines))

@@ -18,8 +18,10 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import typing as tp
 import warnings
@@ -299,6 +301,7 @@ def main() -> None:
         options.seeds, options.evaluations, options.window = 1, 2, 1
         options.scale = options.repeats = 1
     warnings.filterwarnings("ignore")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server stops with it
     runs = []
     with Server() as server:
         version = server.execute("SHOW server_version").strip()
