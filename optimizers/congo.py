@@ -36,6 +36,10 @@ _CLEAR, _CLEAREST = 2.0, 4.0
 # How far perturbations move integers: at most to begin with, and its limits, the upper one the
 # whole range of an integer with two bounds. Some are moved by less, down to a share.
 _REACH, _LEAST, _FARTHEST, _NEAREST = 1.0, 0.01, 6.0, 0.25
+# Measurements of a round from which on its fit is believed.
+_FEW = 8
+# Steps of less than this share of a perturbation tell nothing of the model.
+_SHORTEST = 0.01
 # Where knobs have levels and a fit leaves this share of the squares, rises beyond the largest fall
 # and so many median changes are cut off.
 _UNFIT, _TYPICAL = 0.3, 3.0
@@ -169,6 +173,7 @@ class _CONGO(base.Optimizer):
         self._slopes: FloatArray | None = None  # the gradient at the iterate
         self._bend = 0.0  # what perturbations add, per squared length
         self._excess = noises.Excess()
+        self._rise = noises.Excess()
         self._curvature = step.Curvature()
         self._radius = 0.0
         self._plan: rounds.Plan | None = None
@@ -536,9 +541,10 @@ class _CONGO(base.Optimizer):
         best, least, told = min(plan.probes, key=lambda probe: probe[1])
         plan.settled = True
         if least > start + error:
-            self._radius = min(p[0] for p in plan.probes) * self._smooth(plan.step)
-            if self._noise.size:
-                self._radius = max(self._radius, self._length)
+            # So far below the perturbations the slope is wrong, not the length of the step.
+            least = self._length * (1.0 if self._noise.size else _SHORTEST)
+            shortest = min(p[0] for p in plan.probes)
+            self._radius = max(shortest * self._smooth(plan.step), least)
             self._plan = None
             self._open(self._x)
         elif best != plan.factor:
@@ -577,6 +583,7 @@ class _CONGO(base.Optimizer):
         """The world has changed: what was learnt of it counts no more."""
         self._curvature = step.Curvature()
         self._excess = noises.Excess()
+        self._rise = noises.Excess()
         self._farthest = np.maximum(self._farthest, _REACH)
         self._reach = np.maximum(self._reach, _REACH)
         self._sparing = 1.0
@@ -650,7 +657,9 @@ class _CONGO(base.Optimizer):
             skipped = "the loss at the iterate is not a number"
         elif told.size < max(1, (self.evaluations_per_round - 1) // 2):
             skipped = f"only {told.size} of {self.evaluations_per_round - 1} measurements succeeded"
-        elif (costs == self._merit(center)).all() and not (self._curvature.pairs and told.size < 8):
+        elif (costs == self._merit(center)).all() and not (
+            self._curvature.pairs and told.size < _FEW
+        ):
             # (Two or three points on either side of a minimum may well have one cost.)
             skipped = _PLATEAU
         else:
@@ -680,6 +689,8 @@ class _CONGO(base.Optimizer):
                 dear = float(np.median(costs)) > self._merit(center) + _CLEAR * self._noise.size
                 self._adapt_reach(estimate, costly=dear)
             if estimate is not None and not skipped:
+                if not self._levels and told.size < _FEW:
+                    self._learn_rise(told, costs - self._merit(center))
                 skipped = self._propose(estimate) if self._slopes is not None else ""
                 if self._levels and not skipped and self._slopes is not None:
                     self._prefer_measured(self._merit(center), told, costs)
@@ -788,8 +799,9 @@ class _CONGO(base.Optimizer):
         if self._curvature.pairs:
             known = self._known_bend(told)
             straight = losses - np.concatenate([[0.0], known])
-            # With many measurements it shows whether the curvature still is what it was.
-            if told.size >= 8 and np.var(straight) >= np.var(losses):
+            # With many measurements it shows whether the curvature still is what it was; with few
+            # only if it is far from it.
+            if np.var(straight) >= (1.0 if told.size >= _FEW else 4.0) * np.var(losses):
                 known = np.zeros(told.size)
             else:
                 losses = straight
@@ -864,7 +876,9 @@ class _CONGO(base.Optimizer):
         # Nothing shrinks the estimate of a dense round. Of a step shorter than the perturbations,
         # its noise would be taken for curvature, which corrects the next one, and so on.
         jumped = moved[self._levels.positions].any()
-        if not jumped and (exact or not self._dense or length >= self._length):
+        # Nor does a step that is nothing beside them tell anything of the curvature.
+        least = self._length * (1.0 if self._dense and not exact else _SHORTEST)
+        if not jumped and length >= least:
             self._curvature.learn(moved, estimate.gradient - self._slopes, slope_error)
         if actual < -error:
             if not plan.measured:
@@ -1025,6 +1039,13 @@ class _CONGO(base.Optimizer):
 
     # -- the length of perturbations ---------------------------------------------------------
 
+    def _learn_rise(self, told: np.ndarray, rises: FloatArray) -> None:
+        """What measurements cost more than the iterate (``[n]``), whatever the fits say."""
+        square = float(np.mean(np.square([self._round.measurements.lengths[i] for i in told])))
+        if told.size > 1:
+            error = float(np.std(rises, ddof=1)) / math.sqrt(told.size)
+            self._rise.learn(float(np.mean(rises)) / square, error / square)
+
     def _adapt_length(self, estimate: estimates.Estimate, gain: float) -> None:
         """Perturbations as long as noise asks for and as short as what they cost allows.
 
@@ -1038,7 +1059,9 @@ class _CONGO(base.Optimizer):
         square = self._length**2
         noise = self._noise.size if math.isnan(estimate.noise) else estimate.noise
         self._excess.learn(estimate.bend, noise / math.sqrt(n) / square)
-        paid = 1.25 * self._excess.bend * square  # the mean over the two lengths
+        # Of few measurements a fit may be perfect, and wrong. (Of many, the mean rises by drift.)
+        clear = self._rise.bend - _CLEAR * self._rise.error
+        paid = 1.25 * max(self._excess.bend, clear) * square  # the mean over the two lengths
         error = noise / math.sqrt(n)
         if paid > max(error, gain):
             self._scale_length(max(math.sqrt(max(gain, 0.0) / paid), 0.5))
@@ -1101,15 +1124,29 @@ class _CONGO(base.Optimizer):
             x = x * (self._config.radius / norm)
         return x
 
+    def _clearly_better(self) -> rounds.Loss | None:
+        """What was measured at the trial point, if it is clear before the round around it ends."""
+        told = [t for t in self._round.base if t.loss == t.loss]
+        if self._plan is None or not self._plan.settled or self._value is None or not told:
+            return None
+        mean = rounds.Loss(*(sum(part) / len(told) for part in zip(*told)))
+        error = _CLEAREST * math.hypot(self._noise.size / math.sqrt(len(told)), self._value.error)
+        return mean if self._merit(mean) < self._merit(self._value) - error else None
+
     def recommend(self) -> ng.p.Parameter:
         found = super().recommend()
-        if self._value is not None:
+        better = self._clearly_better()
+        if better is not None:
+            found.loss = better.loss
+        elif self._value is not None:
             found.loss = self._value.loss
         elif math.isfinite(self._x_loss):
             found.loss = self._x_loss
         return found
 
     def _internal_provide_recommendation(self) -> FloatArray:
+        if self._clearly_better() is not None:
+            return self._round.point
         return self._last_good if self._unsure and not self._searching else self._x
 
     def _info(self) -> dict[str, tp.Any]:

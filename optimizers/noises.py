@@ -73,9 +73,11 @@ class Excess:
         if error == 0 or not math.isfinite(self.error):
             self.bend, self.error = bend, error
             return
-        old, new = 0.8 / self.error**2 if self.error else 0.0, 1.0 / error**2
-        self.bend = (old * self.bend + new * bend) / (old + new)
-        self.error = 1.0 / math.sqrt(old + new)
+        # The weight of what was known, that of the new one being 1.
+        ratio = min(error / self.error, 1e8) if self.error else 0.0
+        weight = 0.8 * ratio * ratio
+        self.bend = (weight * self.bend + bend) / (weight + 1.0)
+        self.error = error / math.sqrt(weight + 1.0)
 
 
 def penalties(costs: FloatArray) -> np.ndarray:

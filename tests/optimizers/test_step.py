@@ -103,6 +103,37 @@ def test_no_recommendation_is_worse_than_the_start(name, workers):
     assert best < start or name.startswith("deceptive")
 
 
+@pytest.mark.parametrize("target", [np.abs, np.square, np.sign])
+def test_dense_cost_of_which_a_round_sees_half_does_not_diverge(target):
+    """Three hidden units fitted to a curve: each round's slopes are wrong, and no noise says so."""
+    x = np.linspace(-1, 1, 50)
+
+    def cost(w):
+        hidden = np.tanh(np.outer(x, w[:3]) + w[3:6])
+        return float(np.mean((hidden @ w[6:9] + w[9] - target(x)) ** 2))
+
+    for seed in range(5):
+        optimizer = make(10, seed=seed)
+        paid = play(optimizer, cost, 800)
+        assert np.mean(paid[400:]) < paid[0]
+        assert cost(optimizer.recommend().value) < 0.9 * paid[0]
+        assert np.isfinite(optimizer.gradient).all()
+
+
+def test_step_that_is_clearly_better_is_recommended_before_its_round_ends():
+    optimizer = make(50)
+    before, early = bowl(np.zeros(50)), 0
+    for _ in range(200):
+        number = optimizer.num_rounds
+        play(optimizer, bowl, 1)
+        found = optimizer.recommend()
+        assert bowl(found.value) <= before
+        assert found.loss is None or found.loss == pytest.approx(bowl(found.value), abs=1e-12)
+        early += bowl(found.value) < before and optimizer.num_rounds == number
+        before = bowl(found.value)
+    assert early
+
+
 @pytest.mark.parametrize("limit", [0.3, 3.0])
 def test_no_measurement_is_predicted_above_max_regression(limit):
     def function(x):
