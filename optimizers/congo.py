@@ -330,9 +330,9 @@ class _CONGO(base.Optimizer):
         if not self._searching or not r.base or len(costs) < 4:
             return 1.0
         cost = self._merit(r.base[0])
-        return self._worth(cost, costs, max(cost - min(costs), 0.0), 0.125)
+        return self._worth(cost, np.array(costs), max(cost - min(costs), 0.0), 0.125)
 
-    def _worth(self, cost: float, costs: tp.Sequence[float], gain: float, least: float) -> float:
+    def _worth(self, cost: float, costs: FloatArray, gain: float, least: float) -> float:
         """1, or less if measurements cost more on average than a step would gain and than noise."""
         paid = float(np.mean(costs)) - cost
         if not paid > max(self._noise.size, gain):
@@ -481,7 +481,8 @@ class _CONGO(base.Optimizer):
         """A better point from outside becomes the iterate: the warm start."""
         if _META in candidate._meta or not abs(loss) < _FAILED:
             return  # told twice, or too late; or failed
-        if loss < (self._x_loss if self._value is None else self._value.loss):
+        known = self._clearly_better() or self._value
+        if loss < (self._x_loss if known is None else known.loss):
             self._x_loss = loss
             data = candidate.get_standardized_data(reference=self.parametrization)
             self._walls.release(np.array(data, dtype=float))

@@ -134,6 +134,15 @@ def test_step_that_is_clearly_better_is_recommended_before_its_round_ends():
     assert early
 
 
+def test_suggestion_that_is_worse_than_the_recommendation_is_not_taken():
+    optimizer = make(50)
+    while (better := optimizer._clearly_better()) is None:
+        play(optimizer, bowl, 1)
+    between = 0.5 * (better.loss + optimizer._value.loss)
+    optimizer.tell(optimizer.parametrization.spawn_child(new_value=np.ones(50)), between)
+    assert optimizer.recommend().loss == better.loss
+
+
 @pytest.mark.parametrize("limit", [0.3, 3.0])
 def test_no_measurement_is_predicted_above_max_regression(limit):
     def function(x):
