@@ -245,7 +245,7 @@ def test_killed_run_resumes_in_its_iteration(base_model, whole, tmp_path, slow, 
     process.send_signal(signal.SIGKILL)
     process.wait()
     folders = [p.parent for p in (tmp_path / "killed").glob("rollouts/**/rollouts.json")]
-    left = {folder: read_rollouts(folder) for folder in folders}
+    left = {folder: list(read_rollouts(folder)) for folder in folders}  # files may be replaced
     assert run(base_model, tmp_path / "killed").wait() == 0
     finished = sorted(p.parent for p in whole.glob("rollouts/**/rollouts.json"))
     assert len(finished) == 2 + 4 + 2  # base; train and eval, then eval, of two objectives
