@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import EOS, make_heads
-from tests.plugins.test_transformers import PROMPTS, left_padded
+from tests.plugins.test_transformers import PROMPTS, left_padded, on_each_device
 from tests.reference import Reference
 from trimtab.plugins import (
     GuidanceParams,
@@ -109,10 +110,15 @@ def test_heads_are_saved_small_and_whole(heads, base_model):
     assert f"the hidden state of `{base_model}` itself, of width 64" in card
 
 
-def test_greedy_left_padded_batch_needs_no_mask(base, reference, processor):
-    ids, mask = left_padded(PROMPTS)
+@on_each_device
+def test_greedy_left_padded_batch_needs_no_mask(base, reference, heads, device):
+    model = copy.deepcopy(base).to(device)
+    processor = MAVISLogitsProcessor(
+        [str(heads)], weights=WEIGHTS, beta=BETA, top_k=TOP_K, model=model
+    )
+    ids, mask = (x.to(device) for x in left_padded(PROMPTS))
     for _ in range(2):  # a processor serves many calls
-        out = base.generate(
+        out = model.generate(
             ids, attention_mask=mask, max_new_tokens=12, do_sample=False,
             logits_processor=[processor],
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import numpy as np
 import pytest
@@ -21,6 +22,16 @@ from trimtab.plugins.transformers import MAVISLogitsProcessor
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [33, 34, 35, 36]]
 WEIGHTS, BETA, TOP_K = {"sweet": 1.0, "sour": -0.5}, 3.0, 8
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +56,13 @@ def left_padded(prompts):
     return ids, mask
 
 
-def test_greedy_left_padded_batch_equals_each_row_alone(base, reference, processor):
-    ids, mask = left_padded(PROMPTS)
+@on_each_device
+def test_greedy_left_padded_batch_equals_each_row_alone(base, reference, processor, device):
+    model = copy.deepcopy(base).to(device)
+    ids, mask = (x.to(device) for x in left_padded(PROMPTS))
     for _ in range(2):  # a processor serves many calls
         processor.attention_mask = mask
-        out = base.generate(
+        out = model.generate(
             ids, attention_mask=mask, max_new_tokens=12, do_sample=False,
             logits_processor=[processor],
         )  # fmt: skip
