@@ -3,8 +3,9 @@
 ``f_t(x) = x'D_t x + b_t'x + c_t`` with a new sparse ``D_t, b_t`` in each of 100 rounds; the setting
 of the CONGO paper (arXiv 2407.06325) and the same with more noise and with half the
 samples. Every algorithm sees the same functions on the same seeds; the cost counted is that of
-the point played before a round's update, without noise. Nevergrad's optimizers take part in the
-paper's three settings.
+the point played before a round's update, without noise, and beside it what is paid: the mean of the
+points that the round evaluates, without noise too. Nevergrad's optimizers take part in the paper's
+three settings.
 
     python benchmarks/congo_quadratics.py            # about 30 minutes on one core
     python benchmarks/congo_quadratics.py --quick
@@ -40,6 +41,7 @@ class Problem:
     def __init__(self, seed: int, dimension: int, sparsity: int, noise: float) -> None:
         rng = np.random.default_rng([seed, dimension])
         self.noise = noise
+        self.evaluated: list[list[float]] = [[] for _ in range(ROUNDS)]
         self.curvature = np.zeros((ROUNDS, dimension))
         self.slope = np.zeros((ROUNDS, dimension))
         self.offset = np.abs(rng.standard_normal(ROUNDS))
@@ -52,7 +54,11 @@ class Problem:
         return float(x @ (self.curvature[t] * x) + self.slope[t] @ x + self.offset[t])
 
     def noisy(self, t: int, x: np.ndarray, rng: np.random.Generator) -> float:
-        return self.cost(t, x) + self.noise * rng.standard_normal()
+        self.evaluated[t].append(self.cost(t, x))
+        return self.evaluated[t][-1] + self.noise * rng.standard_normal()
+
+    def paid(self) -> float:
+        return float(sum(np.mean(costs) for costs in self.evaluated if costs))
 
     def gradient(self, t: int, x: np.ndarray) -> np.ndarray:
         return 2 * self.curvature[t] * x + self.slope[t]
@@ -149,15 +155,20 @@ def measure(name: str, seeds: int) -> dict[str, tp.Any]:
     rows: dict[str, tp.Any] = {}
     descent: list[float] = []
     for label, (samples, run) in runs.items():
-        costs = [run(Problem(seed, dimension, sparsity, noise), seed) for seed in range(seeds)]
+        problems = [Problem(seed, dimension, sparsity, noise) for seed in range(seeds)]
+        costs = [run(problem, seed) for seed, problem in enumerate(problems)]
         rows[label] = {"samples_a_round": samples, **summary(costs)}
+        if samples:
+            rows[label]["paid"] = summary([problem.paid() for problem in problems])
         if label == "exact gradient descent":
             descent = costs
         if descent:
             above = [cost - least for cost, least in zip(costs, descent)]
             rows[label]["above_gradient_descent"] = summary(above)
         print(f"{name:26s} {label:28s} {rows[label]['mean']:12.1f} "
-              f"+- {rows[label]['standard_error']:.1f} ({seeds} seeds)", flush=True)  # fmt: skip
+              f"+- {rows[label]['standard_error']:.1f}, paid "
+              f"{rows[label].get('paid', rows[label])['mean']:.1f} ({seeds} seeds)",
+              flush=True)  # fmt: skip
     return {
         "dimension": dimension,
         "sparsity": sparsity,

@@ -235,6 +235,7 @@ class Workload:
         self.round, self.unstable_rounds = 0, 0
         self.after_long: list[float] = []  # cost after ``LONG`` units at points of the last rounds
         self.network: Network | None = None
+        self.measured: list[list[float]] = [[] for _ in range(ROUNDS)]
 
     def start_round(self, t: int) -> None:
         self.round = t
@@ -245,7 +246,14 @@ class Workload:
     def __call__(self, allocation: np.ndarray) -> float:
         assert self.network is not None
         s = self.setting
-        return self.network.run(allocation, s.rate(self.round), s.mix(self.round))
+        cost = self.network.run(allocation, s.rate(self.round), s.mix(self.round))
+        self.measured[self.round].append(cost)
+        return cost
+
+    def paid(self, first: int, last: int) -> float:
+        """Mean cost of the measured windows of these rounds; NaN if there were none."""
+        rounds = [np.mean(costs) for costs in self.measured[first:last] if costs]
+        return float(np.mean(rounds)) if rounds else float("nan")
 
     def unstable(self) -> bool:
         """Whether some evaluation of this round found no job to measure; to be asked once."""
@@ -316,7 +324,10 @@ class Told:
         network.closed |= sum(map(len, network.pending)) >= 1000
         s, t = workload.setting, workload.round
         self.allocation = np.maximum(self.x + step, 0.001)
-        return network.run(self.allocation, s.rate(t), s.mix(t), length)
+        cost = network.run(self.allocation, s.rate(t), s.mix(t), length)
+        if length != SETTLE:  # what settles is not measured
+            workload.measured[t].append(cost)
+        return cost
 
     def latency(self, step: np.ndarray | float = 0.0) -> float:
         return self.cost(step) - float(self.allocation.sum())
@@ -531,12 +542,23 @@ def rows_of(
             "last 20": summary(costs[:, -20:].mean(axis=1)),
             "all": summary(costs.mean(axis=1)),
             "after 300": summary([float(np.mean(w.after_long)) for w in workloads]),
+            "paid": {
+                part: summary([w.paid(*rounds) for w in workloads])
+                for part, rounds in (
+                    ("first 20", (0, 20)),
+                    ("last 20", (ROUNDS - 20, ROUNDS)),
+                    ("all", (0, ROUNDS)),
+                )
+                if count
+            },
             "curve": [round(float(c), 2) for c in costs.mean(axis=0)],
         }
         shown = "  ".join(
             f"{part} {rows[label][part]['mean']:7.1f} +- {rows[label][part]['standard_error']:4.1f}"
             for part in ("first 20", "last 20", "all", "after 300")
         )
+        if count:
+            shown += f"  paid, last 20 {rows[label]['paid']['last 20']['mean']:7.1f}"
         counted = ", those that entered and left" if whole_stays else ""
         print(f"{name + counted:15s} {label:26s} {count:3d}  {shown}", flush=True)
     return rows
