@@ -168,6 +168,7 @@ class _CONGO(base.Optimizer):
         self._penalty = 0.0
         self._caution = 0.25  # with max_regression: what perturbations are multiplied by
         self._failures: dict[tuple[int, float], int] = {}  # of a level, since it last was fine
+        self._failing = noises.Failures()
         self._noise = noises.Noise()
         self._value: rounds.Value | None = None
         self._slopes: FloatArray | None = None  # the gradient at the iterate
@@ -539,9 +540,9 @@ class _CONGO(base.Optimizer):
                     return
             elif factor > plan.factor:
                 self._radius = max(self._radius, 2.0 * plan.factor * self._smooth(plan.step))
-        best, least, told = min(plan.probes, key=lambda probe: probe[1])
+        best, lowest, told = min(plan.probes, key=lambda probe: probe[1])
         plan.settled = True
-        if least > start + error:
+        if lowest > start + error:
             # So far below the perturbations the slope is wrong, not the length of the step.
             least = self._length * (1.0 if self._noise.size else _SHORTEST)
             shortest = min(p[0] for p in plan.probes)
@@ -585,16 +586,20 @@ class _CONGO(base.Optimizer):
         self._curvature = step.Curvature()
         self._excess = noises.Excess()
         self._rise = noises.Excess()
-        self._farthest = np.maximum(self._farthest, _REACH)
-        self._reach = np.maximum(self._reach, _REACH)
         self._sparing = 1.0
-        self._scale_length(max(1.0, min(4.0, self._first_length / self._length)))
+        self._lengthen_again(min(4.0, self._first_length / self._length))
         self._moves += 1.0
         if self._restless:
             self._radius = max(0.5 * self._radius, self._length)
         else:
             self._walls.hurry()  # failures are no costs: what failed may still fail
             self._radius = max(self._radius, self._length * math.sqrt(self.dimension))
+
+    def _lengthen_again(self, factor: float) -> None:
+        """Lengthens perturbations by a factor, if it is above 1, and those of integers as well."""
+        self._farthest = np.maximum(self._farthest, _REACH)
+        self._reach = np.maximum(self._reach, _REACH)
+        self._scale_length(max(1.0, factor))
 
     @property
     def _restless(self) -> bool:
@@ -649,7 +654,18 @@ class _CONGO(base.Optimizer):
             # Where most levels do not matter all costs are equal, and one that does is no failure.
             if not self._levels or (costs[plausible] != self._merit(center)).any():
                 told, costs = told[plausible], costs[plausible]
-        answered = len(r.losses) - (self._learn_walls(told, every) if base_told else 0)
+        failed = np.setdiff1d(np.array(sorted(r.losses), dtype=np.int64), told)
+        if base_told:
+            failed = self._learn_walls(told, failed, every)
+        if base_told or told.size:
+            self._failing.learn(*self._sizes(told, failed))
+        too_far = failed.size > 0 and self._failing.often(told.size + failed.size)
+        if base_told and not self._failing.of_size:
+            too_far = False
+            if self._longest < math.inf:
+                self._longest = math.inf
+                self._lengthen_again(self._first_length / self._length)
+                self._radius = max(self._radius, self._length * math.sqrt(self.dimension))
         above = {i for i, told in r.losses.items() if self._above(told)}
         if base_told:
             self._caution = max(0.5 * self._caution, 0.01) if above else min(2 * self._caution, 1.0)
@@ -672,7 +688,7 @@ class _CONGO(base.Optimizer):
             if skipped == _PLATEAU:
                 self._scale_length(2.0)
                 self._adapt_reach(None, costly=False)
-            elif base_told and told.size < 0.9 * answered:
+            elif base_told and too_far:
                 self._scale_length(0.5)
                 self._adapt_reach(None, costly=True)
                 self._longest = self._length
@@ -686,7 +702,7 @@ class _CONGO(base.Optimizer):
                     self._refresh(rounds.Value(*center, self._noise.size))
             elif plan is not None and not plan.measured:
                 self._radius *= 0.25
-            if self._levels and estimate is not None and told.size >= 0.9 * answered:
+            if self._levels and estimate is not None and not too_far:
                 dear = float(np.median(costs)) > self._merit(center) + _CLEAR * self._noise.size
                 self._adapt_reach(estimate, costly=dear)
             if estimate is not None and not skipped:
@@ -717,28 +733,45 @@ class _CONGO(base.Optimizer):
             self._plan = None
         self._open(self._x if trial is None else trial)
 
-    def _learn_walls(self, told: np.ndarray, every: FloatArray) -> int:
-        """Learns from what failed which coordinate may not go on; how much of it that explains.
+    def _sizes(self, told: np.ndarray, failed: np.ndarray) -> tuple[FloatArray, np.ndarray]:
+        """Of the round's evaluations, the base point's first: how far they went, and which failed.
 
         Args:
             told: measurements that answered.
+            failed: measurements that failed for a reason not known.
+        """
+        now = self._round.measurements
+        every = [*told.tolist(), *failed.tolist()]
+        squares = np.square([now.lengths[i] for i in every])
+        if self._levels:
+            squares *= self.dimension - self._levels.positions.size
+            squares += [float(np.square(now.jumps[i]).sum()) for i in every]
+        sizes = np.concatenate([np.zeros(len(self._round.base)), np.sqrt(squares)])
+        base = [told.loss != told.loss for told in self._round.base]
+        return sizes, np.array([*base, *np.repeat([False, True], [told.size, failed.size])])
+
+    def _learn_walls(self, told: np.ndarray, failed: np.ndarray, every: FloatArray) -> np.ndarray:
+        """Learns from what failed which coordinate may not go on; what that does not explain.
+
+        Args:
+            told: measurements that answered.
+            failed: measurements that did not.
             every: the base point's cost and those of the measurements, implausible ones too.
         """
         r, probe = self._round, self._beyond
         self._beyond = None
         if not self._searching or r.measurements.mixing is not None:
-            return 0
-        failed = np.setdiff1d(np.array(sorted(r.losses), dtype=np.int64), told)
-        explained = self._walls.learn(r.measurements, self._x, told, failed)
+            return failed
+        failed = self._walls.learn(r.measurements, self._x, told, failed)
         if r.beyond is not None and probe is not None:
             cost = self._merit(r.beyond)
             fails = cost != cost or bool(noises.penalties(np.append(every, cost))[-1])
             # Where much else fails it tells nothing of the wall.
-            clear = not fails or told.size >= 0.9 * (len(r.losses) - explained)
+            clear = not fails or told.size >= 0.9 * (told.size + failed.size)
             if clear and self._walls.probed(probe, not fails, self.num_rounds):  # the way is free
                 self._radius = max(self._radius, self._length * math.sqrt(self.dimension))
         self._bounds = self._walls.bounds
-        return explained
+        return failed
 
     def _blame(self, fine: set[int]) -> None:
         """Counts the measurements in a row, of those that visited a level, that were not fine."""

@@ -8,6 +8,10 @@ import numpy as np
 
 FloatArray = np.ndarray
 
+# Evaluations that failures are judged by, at most; how often the base point fails where going far
+# is the cause, as a share of how often perturbations do; and the evidence (nats) that drops it.
+_LAST, _AT_BASE, _ACQUITTED = 1024, 0.1, 1.0
+
 
 class Noise:
     """The standard deviation of one measurement, from repeats at one point and from fits.
@@ -78,6 +82,49 @@ class Excess:
         weight = 0.8 * ratio * ratio
         self.bend = (weight * self.bend + bend) / (weight + 1.0)
         self.error = error / math.sqrt(weight + 1.0)
+
+
+class Failures:
+    """Whether evaluations fail because they go far, or whatever they are.
+
+    Where going far is the cause, the base point hardly ever fails, and where few perturbations do
+    these are the long ones: of those that fail, a share ``1 - 2.3 m`` is counted on where the share
+    ``m`` of all fails. (Of a region of two knobs both lengths fail as often once both reach it, and
+    then ``m`` is a quarter.) Failures of another cause do not ask how far they are.
+    """
+
+    def __init__(self) -> None:
+        self.sizes, self.failed = np.zeros(0), np.zeros(0, dtype=bool)
+
+    def learn(self, sizes: FloatArray, failed: np.ndarray) -> None:
+        """Adds evaluations, ``[n]`` each: Euclidean sizes (0: the base point), and which failed."""
+        self.sizes = np.concatenate([self.sizes, sizes])[-_LAST:]
+        self.failed = np.concatenate([self.failed, failed])[-_LAST:]
+
+    def often(self, count: int) -> bool:
+        """Whether more than a tenth fails, of so many perturbations, or of the last 20 if fewer."""
+        count = max(count, 20)
+        return int(self.failed[self.sizes > 0][-count:].sum()) > 0.1 * count
+
+    @property
+    def of_size(self) -> bool:
+        """Whether going less far may help, as far as is known."""
+        moved = self.sizes > 0
+        sizes, failed = self.sizes[moved], self.failed[moved]
+        if not failed.any():
+            return True
+        share = float(failed.mean())
+        at_base = int(self.failed[~moved].sum())
+        answered = int((~moved).sum()) - at_base
+        evidence = at_base * math.log(_AT_BASE) - answered * math.log(max(1.0 - share, 0.05))
+        far = sizes > math.exp(float(np.mean(np.log(sizes))))
+        chance = float(far.mean())  # that a failure of another cause is a far one
+        if 0.0 < chance < 1.0:
+            odds = min(max(1.0 - 2.3 * share, 0.55), 0.9)
+            expected = odds * chance / (odds * chance + (1.0 - odds) * (1.0 - chance))
+            evidence += int((failed & far).sum()) * math.log(expected / chance)
+            evidence += int((failed & ~far).sum()) * math.log((1.0 - expected) / (1.0 - chance))
+        return evidence > -_ACQUITTED
 
 
 def penalties(costs: FloatArray) -> np.ndarray:

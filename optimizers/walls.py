@@ -178,7 +178,7 @@ class Walls:
 
     def learn(
         self, now: estimates.Measurements, x: FloatArray, fine: np.ndarray, failed: np.ndarray
-    ) -> int:
+    ) -> np.ndarray:
         """Adds the walls that the failures of a round tell of, one after the other.
 
         Failures that too few measurements explain are kept for the rounds to come.
@@ -190,10 +190,10 @@ class Walls:
             failed: ``[k]`` measurements that did not.
 
         Returns:
-            How many failures of the round the walls explain.
+            Those of the failures that the walls do not explain.
         """
         if not failed.size:
-            return 0
+            return failed
         latest = Seen(now, fine, failed)
         self._seen.append(latest)
         counts = [s.fine.size + s.failed.size for s in self._seen]
@@ -208,7 +208,7 @@ class Walls:
                 s.failed = np.setdiff1d(s.failed, explained)
             self._cut()
         self._seen = [s for s in self._seen if s.failed.size]
-        return failed.size - latest.failed.size
+        return latest.failed
 
     def wanted(
         self, x: FloatArray, gradient: FloatArray, support: np.ndarray, near: float, number: int

@@ -222,6 +222,25 @@ def test_outage_teaches_nothing():
     assert bowl(optimizer.recommend().value) < before + 0.05
 
 
+@pytest.mark.parametrize(
+    ("dimension", "share", "evaluations"), [(60, 0.1, 800), (60, 0.3, 1200), (12, 0.05, 800)]
+)
+@testing.suppress_nevergrad_warnings()
+def test_failures_at_random_do_not_shorten_perturbations_for_good(dimension, share, evaluations):
+    found, lengths = [], []
+    for seed in range(5):
+        optimizer = make(dimension, seed=seed)
+        rng = np.random.default_rng(seed)
+        for _ in range(evaluations):
+            candidate = optimizer.ask()
+            cost = bowl(candidate.value) + 0.1 * rng.standard_normal()
+            optimizer.tell(candidate, math.nan if rng.random() < share else cost)
+        found.append(bowl(optimizer.recommend().value))
+        lengths.append(optimizer._length)
+    assert np.median(found) < 0.07  # of 2
+    assert np.median(lengths) > 0.02  # of 0.1
+
+
 @pytest.mark.parametrize("penalty", [1e5, math.nan])
 @testing.suppress_nevergrad_warnings()
 def test_failing_region_repels_no_knob(penalty):

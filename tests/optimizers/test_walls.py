@@ -93,14 +93,15 @@ def test_failures_of_no_cause_make_no_wall(share):
 def learnt(now, fails, x=None, bounds=(None, None)):
     found = walls.Walls(bounds, now.base.size)
     s = seen(now, fails)
-    explained = found.learn(now, now.base if x is None else x, s.fine, s.failed)
-    return found, explained, s
+    left = found.learn(now, now.base if x is None else x, s.fine, s.failed)
+    assert set(left) <= set(s.failed)
+    return found, left, s
 
 
 def test_walls_are_where_measurements_still_answered():
     now = measured(300, 60, 1)
-    found, explained, s = learnt(now, lambda x: x[123] > 0.1)
-    assert explained == s.failed.size > 0
+    found, left, s = learnt(now, lambda x: x[123] > 0.1)
+    assert not left.size and s.failed.size
     lower, upper = found.bounds
     assert lower is None and upper[123] == 0.07 and np.isinf(np.delete(upper, 123)).all()
     bounds = np.full(300, -1.0), np.full(300, 1.0)
@@ -122,14 +123,15 @@ def test_iterate_stays_within():
     x = np.full(200, 0.12)
     found, *_ = learnt(measured(200, 60, 4), lambda y: y[9] > 0.1, x)
     assert found.bounds[1][9] == 0.12
-    found, explained, _ = learnt(measured(200, 60, 4), lambda y: y[9] > 0.1, x + 0.1)
-    assert not explained and found.bounds == (None, None)  # beyond what failed, and it answered
+    found, left, s = learnt(measured(200, 60, 4), lambda y: y[9] > 0.1, x + 0.1)
+    # It answered beyond what failed.
+    assert left.size == s.failed.size and found.bounds == (None, None)
 
 
 def test_regions_of_two_coordinates_and_levels_are_no_walls():
     for fails in (lambda x: x[3] + x[8] > 0.1, lambda x: x[5] > 0):
-        found, explained, s = learnt(measured(40, 60, 5, leveled=(5,)), fails)
-        assert not explained and not len(found) and s.failed.size > 5
+        found, left, s = learnt(measured(40, 60, 5, leveled=(5,)), fails)
+        assert left.size == s.failed.size > 5 and not len(found)
         assert found.bounds == (None, None)
 
 
