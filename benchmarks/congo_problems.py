@@ -153,6 +153,9 @@ def services(seed: int) -> dict[str, Problem]:
     def outage(cost: float, number: int, value: tp.Any, rng: np.random.Generator) -> float:
         return math.nan if 0.3 < number / BUDGET < 0.65 else cost + rng.standard_normal()
 
+    def flaky(cost: float, number: int, value: tp.Any, rng: np.random.Generator) -> float:
+        return math.nan if rng.random() < 0.1 else cost + rng.standard_normal()
+
     def penalised(x: np.ndarray, _: int) -> float:
         return 1e5 if x[other[0]] > 0.05 else quadratic(x)
 
@@ -205,6 +208,7 @@ def services(seed: int) -> dict[str, Problem]:
         "outliers": Problem(array(200), quadratic, outliers, 100.0),
         "heavy tails": Problem(array(200), quadratic, heavy, 100.0),
         "outage": Problem(array(200), quadratic, outage, 100.0),
+        "random failures": Problem(array(200), quadratic, flaky, 100.0),
         "failing region": Problem(array(200), penalised, noise(0.1 * near / 20), 100.0),
         "bounded latency": Problem(
             lambda: ng.p.Array(shape=(200,)).set_bounds(0, 1), latency, noise(0.5), 50.0

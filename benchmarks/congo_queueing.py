@@ -572,7 +572,11 @@ def adaptive(s: Setting) -> dict[str, tuple[int, tp.Callable]]:
         learning_rate=s.learning_rate,
         normalize=True,
     )
-    return {"CONGO": (samples, lambda w: play(w, congo, samples))}
+    free = ParametrizedCONGO(num_measurements=s.m + 1)
+    return {
+        "CONGO": (samples, lambda w: play(w, congo, samples)),
+        "CONGO, no learning rate": (samples, lambda w: play(w, free, samples)),
+    }
 
 
 def measure(name: str, seeds: int, ppo_steps: int) -> dict[str, tp.Any]:
