@@ -7,13 +7,17 @@ the point played before a round's update, without noise, and beside it what is p
 points that the round evaluates, without noise too. Nevergrad's optimizers take part in the paper's
 three settings.
 
-    python benchmarks/congo_quadratics.py            # about 30 minutes on one core
+    python benchmarks/congo_quadratics.py            # about 20 minutes on two cores
     python benchmarks/congo_quadratics.py --quick
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import typing as tp
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import nevergrad as ng
 import numpy as np
@@ -209,7 +213,8 @@ def main() -> None:
         global ROUNDS
         ROUNDS = 5
     names = list(SETTINGS)[:2] if options.quick else list(SETTINGS)
-    results = {name: measure(name, options.seeds) for name in names}
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+        results = dict(zip(names, pool.map(measure, names, itertools.repeat(options.seeds))))
     if not options.quick:
         save("congo_quadratics", {"rounds": ROUNDS, "settings": results})
         plot(results)

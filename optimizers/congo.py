@@ -907,9 +907,14 @@ class _CONGO(base.Optimizer):
         error = _CLEAR * math.hypot(value.error, self._value.error)
         predicted = plan.predicted(plan.factor)
         assert self._slopes is not None
+        jumped = moved[self._levels.positions].any()
+        restless = self._restless and not jumped
+        if restless:
+            # The costs of two rounds differ by more than the step gains: the slopes along it tell.
+            actual = -0.5 * float((self._slopes + estimate.gradient) @ moved)
+            error = _CLEAR * slope_error * length
         # Nothing shrinks the estimate of a dense round. Of a step shorter than the perturbations,
         # its noise would be taken for curvature, which corrects the next one, and so on.
-        jumped = moved[self._levels.positions].any()
         # Nor does a step that is nothing beside them tell anything of the curvature.
         least = self._length * (1.0 if self._dense and not exact else _SHORTEST)
         if not jumped and length >= least:
@@ -927,7 +932,7 @@ class _CONGO(base.Optimizer):
             agreement = actual / predicted
             if agreement < 0.25:
                 self._radius = 0.5 * length
-            elif agreement > 0.5 and length > 0.8 * self._radius and not self._restless:
+            elif agreement > (0.75 if restless else 0.5) and length > 0.8 * self._radius:
                 self._radius = 2.0 * length
         elif self._dense and noise and length > 0.8 * self._radius and not self._restless:
             # Noise hides what so short a step gains: the slope left along it tells if it was right.

@@ -207,6 +207,26 @@ def test_perturbations_lengthen_when_the_world_moves():
 # -- robust measurements ---------------------------------------------------------------------
 
 
+def test_optimum_that_moves_is_followed_while_the_level_goes_up_and_down():
+    found = []
+    for seed in range(6):
+        optimizer = make(100, workers=8, seed=seed)
+        rng, behind = np.random.default_rng(seed), []
+        for n in range(2000):
+            phase = 2 * math.pi * n / 2000
+            best = math.cos(0.5 * phase)
+
+            def distance(x, best=best):
+                return 4 * float(np.sum((x[[3, 11, 40]] - [best, -best, best]) ** 2))
+
+            candidate = optimizer.ask()
+            level = 5 * math.sin(3 * phase) + rng.standard_normal()
+            optimizer.tell(candidate, level + distance(candidate.value))
+            behind.append(distance(optimizer.recommend().value))
+        found.append(np.mean(behind[1000:]))
+    assert np.median(found) < 1.5  # standing still at the first optimum costs 33
+
+
 @testing.suppress_nevergrad_warnings()
 def test_outage_teaches_nothing():
     optimizer = make(60)
