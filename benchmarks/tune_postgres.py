@@ -3,7 +3,8 @@
 CONGO against OnePlusOne and one setting at a time on the same evaluations, from a bad start (index
 scans off, a delay before each commit) and from PostgreSQL's defaults. The cost is pgbench's mean
 latency (TPC-B-like, 4 clients) in one window. Only settings that a reload applies: no restart.
-Needs Debian's `postgresql`; the server is one of its own, in a temporary folder.
+Needs Debian's `postgresql`; the server is one of its own, in a temporary folder. Runs are kept one
+by one: an interrupted command, or one of more seeds, goes on where the same code and options ended.
 
     python benchmarks/tune_postgres.py                   # 150 evaluations of 2 s, 3 seeds: 2 hours
     python benchmarks/tune_postgres.py --seeds 1 --evaluations 80 --window 1
@@ -13,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import itertools
+import json
 import math
 import os
 import pwd
@@ -29,9 +33,9 @@ from pathlib import Path
 
 import nevergrad as ng
 import numpy as np
-from _congo_runs import DOCS, save
+from _congo_runs import DOCS, RESULTS, save
 
-from trimtab.optimizers import ParametrizedCONGO
+from trimtab.optimizers import ParametrizedCONGO, noises
 from trimtab.optimizers.tune import knobs as spaces
 from trimtab.optimizers.tune.config import Knob, Value
 
@@ -261,6 +265,15 @@ def play(server: Server, name: str, bad: bool, seed: int, options: argparse.Name
     }
 
 
+def made_by(version: str, options: argparse.Namespace) -> str:
+    """A digest of all that runs rest on but their seed: methods are compared as of one code."""
+    parts: list[tp.Any] = [version, ng.__version__, np.__version__]
+    parts += [options.evaluations, options.window, options.scale, options.repeats]
+    parts += [path.read_text() for path in sorted(Path(noises.__file__).parent.rglob("*.py"))]
+    parts.append(Path(__file__).read_text())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
 def plot(runs: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
@@ -302,35 +315,36 @@ def main() -> None:
         options.scale = options.repeats = 1
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server stops with it
-    runs = []
+    path = RESULTS / "tune_postgres.json"
     with Server() as server:
         version = server.execute("SHOW server_version").strip()
-        for seed in range(options.seeds):
-            for bad in (True, False):
-                for name in METHODS:
-                    run = play(server, name, bad, seed, options)
-                    runs.append(run)
-                    above = max(run["paid_ms"]) / np.mean(run["start_ms"])
-                    print(
-                        f"{run['start_is']:8s}{name:30s}start {np.mean(run['start_ms']):7.1f}  "
-                        f"recommended {np.mean(run['recommended_ms']):7.1f}  "
-                        f"paid {np.mean(run['paid_ms']):7.1f} ms, at most {above:.1f} of the start",
-                        flush=True,
-                    )
-                    if not options.quick:  # what is interrupted keeps the runs that it has
-                        save(
-                            "tune_postgres",
-                            {
-                                "postgresql": version,
-                                "settings": len(NUMBERS) + len(FLAGS),
-                                "evaluations": options.evaluations,
-                                "window_s": options.window,
-                                "scale": options.scale,
-                                "repeats": options.repeats,
-                                "runs": runs,
-                            },
-                        )
-                        plot(runs)
+        about = {
+            "postgresql": version,
+            "settings": len(NUMBERS) + len(FLAGS),
+            "evaluations": options.evaluations,
+            "window_s": options.window,
+            "scale": options.scale,
+            "repeats": options.repeats,
+            "made_by": made_by(version, options),
+        }
+        kept = json.loads(path.read_text()) if path.exists() and not options.quick else {}
+        runs = kept["runs"] if kept.get("made_by") == about["made_by"] else []
+        done = {(run["seed"], run["start_is"], run["method"]) for run in runs}
+        for seed, bad, name in itertools.product(range(options.seeds), (True, False), METHODS):
+            if (seed, "bad" if bad else "default", name) in done:
+                continue
+            run = play(server, name, bad, seed, options)
+            runs.append(run)
+            above = max(run["paid_ms"]) / np.mean(run["start_ms"])
+            print(
+                f"{run['start_is']:8s}{name:30s}start {np.mean(run['start_ms']):7.1f}  "
+                f"recommended {np.mean(run['recommended_ms']):7.1f}  "
+                f"paid {np.mean(run['paid_ms']):7.1f} ms, at most {above:.1f} of the start",
+                flush=True,
+            )
+            if not options.quick:
+                save("tune_postgres", {**about, "runs": runs})
+                plot(runs)
 
 
 if __name__ == "__main__":
