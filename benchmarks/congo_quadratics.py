@@ -7,7 +7,7 @@ the point played before a round's update, without noise, and beside it what is p
 points that the round evaluates, without noise too. Nevergrad's optimizers take part in the paper's
 three settings.
 
-    python benchmarks/congo_quadratics.py            # about 20 minutes on two cores
+    python benchmarks/congo_quadratics.py            # about 30 minutes on two cores
     python benchmarks/congo_quadratics.py --quick
 """
 
